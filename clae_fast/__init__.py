@@ -1,0 +1,50 @@
+"""Contrastive learning with adversarial examples: exact losses, a cheap attack, the whole step.
+
+Everything below works on any device through plain PyTorch; kernels take over where there is one.
+"""
+
+from ._version import __version__
+from .adversarial import fgsm, frozen, pgd
+from .backends import available_backends, use_backend
+from .batchnorm import (
+    DualBatchNorm,
+    DualBatchNorm1d,
+    DualBatchNorm2d,
+    DualBatchNorm3d,
+    DualSyncBatchNorm,
+    batchnorm_branch,
+    convert_dual_batchnorm,
+    strip_dual_batchnorm,
+)
+from .functional import clip_loss, info_nce_loss, nt_xent_loss, uel_loss
+from .grad import value_and_grad
+from .losses import ClipLoss, InfoNCELoss, NTXentLoss, UELLoss
+from .step import CLAEOutput, clae_step
+
+__all__ = [
+    "CLAEOutput",
+    "ClipLoss",
+    "DualBatchNorm",
+    "DualBatchNorm1d",
+    "DualBatchNorm2d",
+    "DualBatchNorm3d",
+    "DualSyncBatchNorm",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "UELLoss",
+    "__version__",
+    "available_backends",
+    "batchnorm_branch",
+    "clae_step",
+    "clip_loss",
+    "convert_dual_batchnorm",
+    "fgsm",
+    "frozen",
+    "info_nce_loss",
+    "nt_xent_loss",
+    "pgd",
+    "strip_dual_batchnorm",
+    "uel_loss",
+    "use_backend",
+    "value_and_grad",
+]

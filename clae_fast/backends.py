@@ -1,0 +1,149 @@
+"""Which kernel runs an operator: one table, and the choice from it."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from . import _extension, reference
+
+OPERATORS = tuple(name for name in reference.__all__ if name != "contrast_grad")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+
+class Unavailable(Exception):
+    """Why a kernel cannot be loaded here."""
+
+
+class Row(NamedTuple):
+    """One kernel: `load()` returns it or raises Unavailable; `can_run(*args)` says why not."""
+
+    op: str
+    backend: str
+    priority: int
+    load: Callable[[], Callable[..., Any]]
+    can_run: Callable[..., str | None]
+
+
+def _always(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _load_cpp(op: str) -> Callable[..., Any]:
+    if reason := _extension.load():
+        raise Unavailable(reason)
+    from . import cpp
+
+    return getattr(cpp, op)
+
+
+def _cpp_sign_step(*args: Any, **kwargs: Any) -> str | None:
+    from . import cpp
+
+    return cpp.sign_step_refusal(*args, **kwargs)
+
+
+TABLE = (
+    *(
+        Row(op, "reference", 0, functools.partial(getattr, reference, op), _always)
+        for op in OPERATORS
+    ),
+    Row("sign_step", "cpp", 10, functools.partial(_load_cpp, "sign_step"), _cpp_sign_step),
+)
+
+
+@functools.cache
+def _rows(op: str) -> tuple[Row, ...]:
+    """The rows of an operator, best first."""
+    return tuple(sorted((r for r in TABLE if r.op == op), key=lambda r: -r.priority))
+
+
+@functools.cache
+def _loaded(row: Row) -> Callable[..., Any] | str:
+    """The kernel, or why there is none."""
+    try:
+        return row.load()
+    except Unavailable as reason:
+        return str(reason)
+
+
+def choose(
+    op: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[..., Any]:
+    """The best kernel for these arguments, or the one of `backend` ("auto": any).
+
+    Raises:
+        RuntimeError: a forced backend cannot run it; names each reason.
+    """
+    reasons = []
+    for row in _rows(op):
+        if backend not in ("auto", row.backend):
+            continue
+        kernel = _loaded(row)
+        reason = kernel if isinstance(kernel, str) else row.can_run(*args, **kwargs)
+        if reason is None:
+            assert callable(kernel)
+            return kernel
+        reasons.append(reason)
+    why = "; ".join(reasons) or "it has no kernel for this operator in this version"
+    have = ", ".join(row.backend for row in _rows(op))
+    raise RuntimeError(
+        f"backend={backend!r} cannot run {op}: {why} (backends with a kernel: {have})"
+    )
+
+
+_active = os.environ.get("CLAE_FAST_BACKEND", "auto")
+
+
+def requested(backend: str | None) -> str:
+    """The backend asked for: the argument, else `use_backend`, else CLAE_FAST_BACKEND, else "auto".
+
+    Raises:
+        ValueError: an unknown word.
+    """
+    if backend is None:
+        backend, source = _active, "CLAE_FAST_BACKEND"
+    else:
+        source = "backend"
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"{source} must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Force a backend inside the `with`, for the whole process.
+
+    Args:
+        backend: "reference" (plain PyTorch, differentiable twice), "cpp", "triton", "cuda", "auto".
+
+    Raises:
+        ValueError: an unknown word. A backend that cannot run an operator raises RuntimeError with
+            the reason when that operator is called.
+
+    Example:
+        >>> import torch, clae_fast
+        >>> with clae_fast.use_backend("reference"):
+        ...     loss = clae_fast.nt_xent_loss(torch.randn(4, 8), torch.randn(4, 8))
+    """
+    global _active
+    before = _active
+    _active = requested(backend)
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def available_backends() -> dict[str, dict[str, str]]:
+    """`{operator: {backend: "ok" or the reason}}` for this installation and machine."""
+    table: dict[str, dict[str, str]] = {}
+    for op in OPERATORS:
+        kernels = {row.backend: _loaded(row) for row in _rows(op)}
+        table[op] = {
+            backend: "ok" if callable(kernel) else kernel
+            for backend in BACKENDS
+            for kernel in (kernels.get(backend, "no kernel in this version"),)
+        }
+    return table

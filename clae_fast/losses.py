@@ -1,0 +1,158 @@
+"""The losses as modules: the options once, the embeddings at each call."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from . import functional
+from . import validation as check
+from .backends import requested
+
+
+class ContrastiveLoss(nn.Module):
+    """What the modules share. A subclass names its function and its options."""
+
+    function: ClassVar[Callable[..., Tensor]]
+    options: ClassVar[tuple[str, ...]] = ("reduction", "normalize", "backend")
+
+    def __init__(self, reduction: str, normalize: bool, backend: str | None) -> None:
+        super().__init__()
+        check.word("reduction", reduction, check.REDUCTIONS)
+        requested(backend)
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments for `function`."""
+        return {name: getattr(self, name) for name in self.options}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return type(self).function(*inputs, **self.keywords())
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.keywords().items() if v is not None)
+
+    def _set_temperature(self, temperature: float | Tensor) -> None:
+        """A Parameter learns, a plain tensor moves with the module, a number is a constant."""
+        self.temperature: float | Tensor
+        if isinstance(temperature, Tensor):
+            check.one_element("temperature", temperature, temperature)
+            if not isinstance(temperature, nn.Parameter):
+                self.register_buffer("temperature", temperature)
+                return
+        else:
+            check.positive_number("temperature", temperature)
+        self.temperature = temperature
+
+
+class NTXentLoss(ContrastiveLoss):
+    """`nt_xent_loss` as a module: `NTXentLoss(temperature)(z_i, z_j)`.
+
+    Args:
+        temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
+        reduction, normalize, backend: as in `nt_xent_loss`.
+
+    Example:
+        >>> loss = NTXentLoss(temperature=nn.Parameter(torch.tensor(0.5)))
+        >>> loss(torch.randn(4, 8), torch.randn(4, 8)).backward()
+        >>> loss.temperature.grad.shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.nt_xent_loss)
+    options = ("temperature", *ContrastiveLoss.options)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        *,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(reduction, normalize, backend)
+        self._set_temperature(temperature)
+
+
+class InfoNCELoss(ContrastiveLoss):
+    """`info_nce_loss` as a module: `InfoNCELoss(temperature)(query, key[, negative_keys])`.
+
+    Args:
+        temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
+        negative_mode, symmetric, reduction, normalize, backend: as in `info_nce_loss`.
+
+    Example:
+        >>> InfoNCELoss(0.07)(torch.randn(4, 8), torch.randn(4, 8), torch.randn(32, 8)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.info_nce_loss)
+    options = ("temperature", "negative_mode", "symmetric", *ContrastiveLoss.options)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        negative_mode: str = "unpaired",
+        symmetric: bool = False,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(reduction, normalize, backend)
+        check.word("negative_mode", negative_mode, functional.NEGATIVE_MODES)
+        self._set_temperature(temperature)
+        self.negative_mode = negative_mode
+        self.symmetric = symmetric
+
+
+class UELLoss(ContrastiveLoss):
+    """`uel_loss` as a module: `UELLoss(temperature)(z_i, z_j)`.
+
+    Args:
+        temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
+        negative_weight, reduction, normalize, backend: as in `uel_loss`.
+
+    Example:
+        >>> UELLoss()(torch.randn(4, 8), torch.randn(4, 8)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.uel_loss)
+    options = ("temperature", "negative_weight", *ContrastiveLoss.options)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        negative_weight: float = 1.0,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(reduction, normalize, backend)
+        check.number("negative_weight", negative_weight, at_least=1)
+        self._set_temperature(temperature)
+        self.negative_weight = negative_weight
+
+
+class ClipLoss(ContrastiveLoss):
+    """`clip_loss` as a module: `ClipLoss()(image_features, text_features, logit_scale[, bias])`.
+
+    Args:
+        reduction, normalize, backend: as in `clip_loss`.
+
+    Example:
+        >>> x, y, scale = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(10.0)
+        >>> ClipLoss(normalize=True)(x, y, scale).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.clip_loss)
+
+    def __init__(
+        self, *, reduction: str = "mean", normalize: bool = False, backend: str | None = None
+    ) -> None:
+        super().__init__(reduction, normalize, backend)

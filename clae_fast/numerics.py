@@ -1,0 +1,90 @@
+"""Small numerics that the reference and the glue around the operators share."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NORM_EPS = 1e-12
+"""A shorter row is divided by this instead of its norm, as `torch.nn.functional.normalize` does."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, otherwise the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def full_precision(
+    fn: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
+    """Run `fn` with autocast off: it would cast float32 embeddings down in the matmuls."""
+
+    @functools.wraps(fn)
+    def run(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_autocast_enabled(x.device.type):
+            return fn(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(x, *args, **kwargs)
+
+    return run
+
+
+def effective_scale(
+    scale: float, scale_tensor: Tensor | None, reciprocal: bool, dtype: torch.dtype
+) -> Tensor | float:
+    """`t`, a number or a 0-dim tensor of `dtype`."""
+    if scale_tensor is None:
+        return scale
+    value = scale_tensor.to(dtype).reshape(())
+    return scale / value if reciprocal else scale * value
+
+
+class Unit(NamedTuple):
+    """Rows on the sphere, and what the Jacobian of the normalisation needs."""
+
+    z: Tensor  # (N, D)
+    inverse_norm: Tensor  # (N, 1): 0 for a zero row
+    on_sphere: Tensor  # (N, 1) bool: False where the norm is below NORM_EPS
+
+
+def unit_rows(x: Tensor) -> Unit:
+    """`x / max(|x|, 1e-12)` per row, with gradient 0 at a zero row. Shape (..., D)."""
+    squares = (x * x).sum(-1, keepdim=True)
+    zero = squares == 0
+    norm = torch.where(zero, 1.0, squares).sqrt()  # sqrt has no slope at 0
+    inverse = torch.where(zero, 0.0, 1 / norm.clamp_min(NORM_EPS))
+    return Unit(x * inverse, inverse, (norm > NORM_EPS) & ~zero)
+
+
+def as_given(x: Tensor) -> Unit:
+    """Rows that are used as they are: the Jacobian is the identity."""
+    one = x.new_ones(())
+    return Unit(x, one, torch.zeros_like(one, dtype=torch.bool))
+
+
+def to_raw(dz: Tensor, unit: Unit) -> Tensor:
+    """Jacobian of the normalisation: `dx = (dz - z <z, dz>) / |x|`."""
+    radial = (unit.z * dz).sum(-1, keepdim=True)
+    return (dz - torch.where(unit.on_sphere, radial, 0.0) * unit.z) * unit.inverse_norm
+
+
+def softplus(x: Tensor) -> Tensor:
+    """`log(1 + e^x)`; F.softplus turns linear at 20, which float64 notices."""
+    return torch.logaddexp(x, x.new_zeros(()))
+
+
+def log_sum_exp(s: Tensor) -> Tensor:
+    """Over the last dimension; -inf for a row that is empty or all -inf, with gradient 0 there."""
+    if s.shape[-1] == 0:
+        return s.sum(-1) - math.inf
+    top = s.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    total = (s - top).exp().sum(-1)
+    empty = total == 0
+    return torch.where(empty, -math.inf, top.squeeze(-1) + torch.where(empty, 1.0, total).log())

@@ -1,0 +1,174 @@
+"""The fused contrastive losses: rows, and gradients of their weighted sum, from raw embeddings."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..numerics import (
+    as_given,
+    compute_dtype,
+    effective_scale,
+    full_precision,
+    softplus,
+    to_raw,
+    unit_rows,
+)
+from .pair_grad import pair_grad
+from .pair_lse import pair_lse
+from .sweep import alarm
+
+
+class ContrastOutput(NamedTuple):
+    """What `contrast` returns; parts that were not asked for have no elements."""
+
+    loss: Tensor  # (2B,) for nt_xent, (N,) for one_way, (B, 2) for two_way
+    lse_row: Tensor  # log-sum-exp over the negatives of each row
+    lse_col: Tensor  # and of each column (two_way)
+    dq: Tensor
+    dk: Tensor
+    dnegatives: Tensor
+    dscale: Tensor  # (1,)
+
+
+@full_precision
+def contrast(
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    form: str = "nt_xent",
+    normalize: bool = True,
+    need_dq: bool = False,
+    need_dk: bool = False,
+    need_dnegatives: bool = False,
+    need_dscale: bool = False,
+) -> ContrastOutput:
+    """Contrastive loss of each row, and the gradients of their sum.
+
+    `loss_r = log(1 + e^(lse_r - s_r+))`: the positive `+` stands apart from the log-sum-exp over
+    the negatives, so well-aligned pairs keep their digits.
+
+        nt_xent   rows are [q; k] (2B), negatives all others of the stack      (SimCLR)
+        one_way   rows are q (N), negatives the other keys, or `negatives`     (InfoNCE, MoCo)
+        two_way   both directions over the same pairs, (B, 2)                  (CLIP)
+    """
+    dtype = compute_dtype(q.dtype)
+    raw = [x.to(dtype) for x in (q, k, negatives) if x is not None]
+    rows = [unit_rows(x).z if normalize else x for x in raw]
+    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    s_pos = (rows[0] * rows[1]).sum(-1) * t
+    lse = functools.partial(pair_lse, scale=scale, scale_tensor=scale_tensor, reciprocal=reciprocal)
+    lse_col = q.new_empty(0, dtype=dtype)
+    if form == "nt_xent":
+        z = torch.cat(rows)
+        lse_row = lse(z, z, skip="twins")
+        loss = softplus(lse_row - torch.cat((s_pos, s_pos)))
+    elif form == "one_way":
+        lse_row = lse(rows[0], rows[-1], skip="diagonal" if negatives is None else "none")
+        loss = softplus(lse_row - s_pos)
+    else:
+        lse_row, lse_col = (lse(*x, skip="diagonal") for x in ((rows[0], rows[1]), rows[::-1]))
+        loss = softplus(torch.stack((lse_row, lse_col), 1) - s_pos[:, None])
+    if not normalize:  # a row with a NaN or Inf is NaN throughout once normalised
+        loss = loss + alarm(*raw)
+    wanted = (need_dq, need_dk, need_dnegatives, need_dscale)
+    if not any(wanted):
+        return ContrastOutput(
+            loss, lse_row, lse_col, *(q.new_empty(0, dtype=dtype) for _ in wanted)
+        )
+    weight = torch.ones_like(loss)
+    saved = (form, normalize, lse_row, lse_col, weight)
+    grads = contrast_grad(q, k, negatives, scale, scale_tensor, reciprocal, *saved, wanted)
+    return ContrastOutput(loss, lse_row, lse_col, *grads)
+
+
+@full_precision
+def contrast_grad(
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None,
+    reciprocal: bool,
+    form: str,
+    normalize: bool,
+    lse_row: Tensor,
+    lse_col: Tensor,
+    weight: Tensor,
+    need: Sequence[bool],
+    pair_grad: Callable[..., Tensor] = pair_grad,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `sum(weight * contrast(...).loss)` from the saved log-sum-exps.
+
+    With `r = weight * sigmoid(lse - s+) = weight * (1 - p+)` per row, each is a `pair_grad` sweep
+    over the negatives less the positives' share. A row's own unit vector is taken off its
+    positive: the Jacobian drops it, and `z+ - z` of an aligned pair keeps its digits. `need` names
+    the wanted ones of (dq, dk, dnegatives, dscale).
+    """
+    need_dq, need_dk, need_dnegatives, need_dscale = need
+    dtype = compute_dtype(q.dtype)
+    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    rows = unit_rows if normalize else as_given
+    uq, uk = rows(q.to(dtype)), rows(k.to(dtype))
+    un = None if negatives is None else rows(negatives.to(dtype))
+    cos = (uq.z * uk.z).sum(-1)
+    sweep = functools.partial(
+        pair_grad, scale=scale, scale_tensor=scale_tensor, reciprocal=reciprocal
+    )
+    gq = gk = gn = euler = q.new_empty(0, dtype=dtype)  # gradients through the negatives alone
+    if form == "nt_xent":
+        B = q.shape[0]
+        z = torch.cat((uq.z, uk.z))
+        r = weight * torch.sigmoid(lse_row - torch.cat((cos, cos)) * t)
+        r_pos = r[:B] + r[B:]
+        columns = {"col_lse": lse_row, "col_weight": r}
+        # One half at a time: the same bits whether or not the other half is wanted.
+        if need_dq or need_dscale:
+            gq = sweep(uq.z, z, skip="twins", row_lse=lse_row[:B], row_weight=r[:B], **columns)
+        if need_dk or need_dscale:
+            gk = sweep(
+                uk.z, z, skip="twins", offset=B, row_lse=lse_row[B:], row_weight=r[B:], **columns
+            )
+        if need_dscale:
+            euler = 0.5 * ((uq.z * gq).sum() + (uk.z * gk).sum())
+    elif form == "one_way":
+        r = r_pos = weight * torch.sigmoid(lse_row - cos * t)
+        keys, skip = (uk, "diagonal") if un is None else (un, "none")
+        columns = {"col_lse": lse_row, "col_weight": r}
+        if need_dq or need_dscale:
+            gq = sweep(uq.z, keys.z, skip=skip, row_lse=lse_row, row_weight=r)
+        if need_dk:  # beside explicit negatives, a key meets its positive alone
+            gk = sweep(uk.z, uq.z, skip=skip, **columns) if un is None else torch.zeros_like(uk.z)
+        if need_dnegatives and un is not None:
+            gn = sweep(un.z, uq.z, skip=skip, **columns)
+        if need_dscale:
+            euler = (uq.z * gq).sum()
+    else:
+        r_row, r_col = (
+            weight * torch.sigmoid(torch.stack((lse_row, lse_col), 1) - cos[:, None] * t)
+        ).unbind(1)
+        r_pos = r_row + r_col
+        by_row = {"row_lse": lse_row, "row_weight": r_row, "col_lse": lse_col, "col_weight": r_col}
+        by_col = {"row_lse": lse_col, "row_weight": r_col, "col_lse": lse_row, "col_weight": r_row}
+        if need_dq or need_dscale:
+            gq = sweep(uq.z, uk.z, skip="diagonal", **by_row)
+        if need_dk:
+            gk = sweep(uk.z, uq.z, skip="diagonal", **by_col)
+        if need_dscale:
+            euler = (uq.z * gq).sum()
+    own_q, own_k = (torch.where(u.on_sphere, u.z, 0.0) for u in (uq, uk))
+    share = (r_pos * t)[:, None]
+    return (
+        to_raw(gq - share * (uk.z - own_q), uq) if need_dq else q.new_empty(0, dtype=dtype),
+        to_raw(gk - share * (uq.z - own_k), uk) if need_dk else q.new_empty(0, dtype=dtype),
+        to_raw(gn, un) if need_dnegatives and un is not None else q.new_empty(0, dtype=dtype),
+        # Euler: t dL/dt = sum <z, dz> over the rows of S, before the Jacobian
+        (euler / t - (r_pos * cos).sum()).reshape(1)
+        if need_dscale
+        else q.new_empty(0, dtype=dtype),
+    )

@@ -1,0 +1,30 @@
+"""Log-sum-exp of each row."""
+
+from torch import Tensor
+
+from ..numerics import compute_dtype, effective_scale, full_precision, log_sum_exp
+from .sweep import Skip, by_rows
+
+
+@full_precision
+def pair_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    skip: str = "none",
+    offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> Tensor:
+    """`lse_i = log sum_j e^(s_ij)` over the allowed columns, (N,); -inf where there is none."""
+    dtype = compute_dtype(q.dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    left_out = Skip(skip, offset, row_ids, col_ids)
+
+    def rows(a: int, b: int) -> tuple[Tensor, ...]:
+        return (log_sum_exp(left_out.similarities(q, k, t, a, b)),)
+
+    return by_rows(rows, q.shape[0], k.shape[0])[0]

@@ -1,0 +1,37 @@
+"""Log-sum-exp and softmax-weighted mean of the keys, in one sweep."""
+
+from torch import Tensor
+
+from ..numerics import compute_dtype, effective_scale, full_precision, log_sum_exp
+from .sweep import Skip, by_rows, softmax_weights
+
+
+@full_precision
+def pair_mean(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    skip: str = "none",
+    offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lse` (N,) and `o_i = sum_j softmax_j(s_i) k_j` (N, D) over the allowed columns.
+
+    `d lse_i / d q_i = t o_i`: loss and query gradient in one sweep. `o_i` is 0 where nothing is
+    allowed.
+    """
+    dtype = compute_dtype(q.dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    left_out = Skip(skip, offset, row_ids, col_ids)
+
+    def rows(a: int, b: int) -> tuple[Tensor, ...]:
+        s = left_out.similarities(q, k, t, a, b)
+        lse = log_sum_exp(s)
+        return lse, softmax_weights(s, lse[:, None]) @ k
+
+    lse, o = by_rows(rows, q.shape[0], k.shape[0])
+    return lse, o

@@ -1,0 +1,69 @@
+"""What every sweep over the pairs shares: the skip rules, and rows in chunks."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 1 << 22
+"""Similarities held at once (16 MiB in float32)."""
+
+
+def softmax_weights(s: Tensor, lse: Tensor) -> Tensor:
+    """`e^(s - lse)`, 0 where lse is -inf (there every s is)."""
+    return (s - torch.where(lse == -math.inf, 0.0, lse)).exp()
+
+
+def alarm(*tensors: Tensor) -> Tensor:
+    """0, or NaN when any element is NaN or Inf: an e^-inf must not hide one."""
+    return sum(((x.detach() * 0).sum() for x in tensors), start=tensors[0].new_zeros(()))
+
+
+class Skip(NamedTuple):
+    rule: str
+    offset: int
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+
+    def mask(self, start: int, stop: int, columns: int, device: torch.device) -> Tensor | None:
+        """(stop - start, columns), True where a pair is left out; None: nowhere."""
+        mask: Tensor | None = None
+        if self.rule != "none":
+            row = torch.arange(start + self.offset, stop + self.offset, device=device)[:, None]
+            col = torch.arange(columns, device=device)
+            mask = col == row
+            if self.rule == "twins":
+                mask = mask | (col == (row + columns // 2) % columns)
+        if self.row_ids is not None and self.col_ids is not None:
+            same = self.row_ids[start:stop, None] == self.col_ids
+            mask = same if mask is None else mask | same
+        return mask
+
+    def similarities(
+        self, q: Tensor, k: Tensor, t: Tensor | float, start: int, stop: int
+    ) -> Tensor:
+        """`s` for rows start..stop, -inf where left out."""
+        s = (q[start:stop] @ k.mT) * t
+        mask = self.mask(start, stop, k.shape[0], q.device)
+        return s if mask is None else s.masked_fill(mask, -math.inf)
+
+
+Rows = Callable[[int, int], tuple[Tensor, ...]]
+
+
+def by_rows(rows: Rows, n_rows: int, n_columns: int) -> tuple[Tensor, ...]:
+    """Run `rows(start, stop)` chunk by chunk and join; autograd recomputes instead of keeping."""
+    step = max(1, CHUNK_ELEMENTS // max(n_columns, 1))
+    if n_rows <= step:
+        return rows(0, n_rows)
+    if torch.is_grad_enabled():
+        plain = rows
+
+        def rows(start: int, stop: int) -> tuple[Tensor, ...]:
+            return checkpoint(plain, start, stop, use_reentrant=False, preserve_rng_state=False)
+
+    parts = [rows(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))

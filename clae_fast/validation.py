@@ -1,0 +1,102 @@
+"""Checks of user input: one error that names the argument, its value and what was expected."""
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def float_tensor(name: str, x: Any) -> None:
+    """A strided tensor of float16, bfloat16, float32 or float64."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def embeddings(first: str, x: Any, second: str, y: Any, same_rows: bool = True) -> None:
+    """Two float matrices of one width, dtype and device; `same_rows`: of one shape, not empty."""
+    matrix(first, x)
+    same_kind(first, x, second, y)
+    if y.dim() != 2 or (y.shape != x.shape if same_rows else y.shape[1] != x.shape[1]):
+        expected = tuple(x.shape) if same_rows else f"(M, {x.shape[1]})"
+        raise ValueError(f"{second} must be {expected} as {first} is, got {tuple(y.shape)}")
+
+
+def matrix(name: str, x: Any) -> None:
+    """A float matrix (N, D) with N, D >= 1."""
+    float_tensor(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be (N, D), got shape {tuple(x.shape)}")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{name} must hold at least one row and column, got {tuple(x.shape)}")
+
+
+def same_kind(first: str, x: Tensor, second: str, y: Any) -> None:
+    """`y` is a float tensor of x's dtype and device."""
+    float_tensor(second, y)
+    if y.dtype != x.dtype:
+        raise ValueError(f"{second} must be {x.dtype} as {first} is, got {y.dtype}")
+    if y.device != x.device:
+        raise ValueError(f"{second} must be on {x.device} as {first} is, got {y.device}")
+
+
+def one_element(name: str, value: Any, like: Tensor) -> None:
+    """A float tensor with one element, on the device of `like`; its value is never read."""
+    float_tensor(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the embeddings, got {value.device}")
+
+
+def positive_scalar(name: str, value: Any, like: Tensor) -> None:
+    """A positive finite number, or a one-element float tensor (whose value is not read)."""
+    if isinstance(value, Tensor):
+        return one_element(name, value, like)
+    return positive_number(name, value)
+
+
+def positive_number(name: str, value: Any) -> None:
+    """A positive finite number."""
+    if not is_number(value):
+        raise TypeError(
+            f"{name} must be a number or a one-element tensor, got {type(value).__name__}"
+        )
+    if not (0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def number(name: str, value: Any, at_least: float = -math.inf) -> None:
+    """A finite number, not below `at_least`."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (at_least <= value and math.isfinite(value)):
+        limit = "" if at_least == -math.inf else f" and at least {at_least}"
+        raise ValueError(f"{name} must be finite{limit}, got {value}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+
+
+def word(name: str, value: Any, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def not_inference_mode(what: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} needs autograd, which torch.inference_mode() switches off for good: "
+            "use torch.no_grad() instead"
+        )
