@@ -17,6 +17,7 @@ from . import autograd
 from . import validation as check
 from .backends import requested
 from .numerics import (
+    alarm,
     compute_dtype,
     effective_scale,
     full_precision,
@@ -254,7 +255,8 @@ def _paired_loss(
     t = effective_scale(scale, scale_tensor, reciprocal, dtype)
     s_pos = (q * k).sum(-1) * t
     s_neg = (n @ q[:, :, None]).squeeze(-1) * t
-    return autograd.reduce_rows(softplus(log_sum_exp(s_neg) - s_pos), reduction)
+    rows = softplus(log_sum_exp(s_neg) - s_pos)
+    return autograd.reduce_rows(rows if normalize else rows + alarm(q, k, n), reduction)
 
 
 @_fused

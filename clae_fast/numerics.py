@@ -64,7 +64,7 @@ def unit_rows(x: Tensor) -> Unit:
 
 def as_given(x: Tensor) -> Unit:
     """Rows that are used as they are: the Jacobian is the identity."""
-    one = x.new_ones(())
+    one = x.new_ones((x.shape[0], 1))
     return Unit(x, one, torch.zeros_like(one, dtype=torch.bool))
 
 
@@ -72,6 +72,17 @@ def to_raw(dz: Tensor, unit: Unit) -> Tensor:
     """Jacobian of the normalisation: `dx = (dz - z <z, dz>) / |x|`."""
     radial = (unit.z * dz).sum(-1, keepdim=True)
     return (dz - torch.where(unit.on_sphere, radial, 0.0) * unit.z) * unit.inverse_norm
+
+
+def cosine(a: Unit, b: Unit) -> Tensor:
+    """`<a_i, b_i>` (N,), on the sphere as `1 - |a - b|^2 / 2`.
+
+    The slope of that is `b - a`, which keeps its digits for an aligned pair, where the slope `b` of
+    the dot product lies almost wholly along a and is lost in the projection.
+    """
+    distance = (a.z - b.z).square().sum(-1)
+    on_sphere = (a.on_sphere & b.on_sphere).squeeze(-1)
+    return torch.where(on_sphere, 1 - 0.5 * distance, (a.z * b.z).sum(-1))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -88,3 +99,8 @@ def log_sum_exp(s: Tensor) -> Tensor:
     total = (s - top).exp().sum(-1)
     empty = total == 0
     return torch.where(empty, -math.inf, top.squeeze(-1) + torch.where(empty, 1.0, total).log())
+
+
+def alarm(*tensors: Tensor) -> Tensor:
+    """0, or NaN when any element is NaN or Inf: an e^-inf must not hide one."""
+    return sum(((x.detach() * 0).sum() for x in tensors), start=tensors[0].new_zeros(()))

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..numerics import (
+    alarm,
     as_given,
     compute_dtype,
+    cosine,
     effective_scale,
     full_precision,
     softplus,
@@ -18,7 +20,6 @@ from ..numerics import (
 )
 from .pair_grad import pair_grad
 from .pair_lse import pair_lse
-from .sweep import alarm
 
 
 class ContrastOutput(NamedTuple):
@@ -59,20 +60,21 @@ def contrast(
     """
     dtype = compute_dtype(q.dtype)
     raw = [x.to(dtype) for x in (q, k, negatives) if x is not None]
-    rows = [unit_rows(x).z if normalize else x for x in raw]
+    rows = [unit_rows(x) if normalize else as_given(x) for x in raw]
     t = effective_scale(scale, scale_tensor, reciprocal, dtype)
-    s_pos = (rows[0] * rows[1]).sum(-1) * t
+    s_pos = cosine(rows[0], rows[1]) * t
+    z = [unit.z for unit in rows]
     lse = functools.partial(pair_lse, scale=scale, scale_tensor=scale_tensor, reciprocal=reciprocal)
     lse_col = q.new_empty(0, dtype=dtype)
     if form == "nt_xent":
-        z = torch.cat(rows)
-        lse_row = lse(z, z, skip="twins")
+        stacked = torch.cat(z)
+        lse_row = lse(stacked, stacked, skip="twins")
         loss = softplus(lse_row - torch.cat((s_pos, s_pos)))
     elif form == "one_way":
-        lse_row = lse(rows[0], rows[-1], skip="diagonal" if negatives is None else "none")
+        lse_row = lse(z[0], z[-1], skip="diagonal" if negatives is None else "none")
         loss = softplus(lse_row - s_pos)
     else:
-        lse_row, lse_col = (lse(*x, skip="diagonal") for x in ((rows[0], rows[1]), rows[::-1]))
+        lse_row, lse_col = (lse(*x, skip="diagonal") for x in (z, z[::-1]))
         loss = softplus(torch.stack((lse_row, lse_col), 1) - s_pos[:, None])
     if not normalize:  # a row with a NaN or Inf is NaN throughout once normalised
         loss = loss + alarm(*raw)
@@ -116,7 +118,7 @@ def contrast_grad(
     rows = unit_rows if normalize else as_given
     uq, uk = rows(q.to(dtype)), rows(k.to(dtype))
     un = None if negatives is None else rows(negatives.to(dtype))
-    cos = (uq.z * uk.z).sum(-1)
+    cos = cosine(uq, uk)
     sweep = functools.partial(
         pair_grad, scale=scale, scale_tensor=scale_tensor, reciprocal=reciprocal
     )

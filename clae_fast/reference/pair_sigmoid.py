@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..numerics import compute_dtype, effective_scale, full_precision, softplus
-from .sweep import Skip, alarm, by_rows
+from ..numerics import alarm, compute_dtype, effective_scale, full_precision, softplus
+from .sweep import Skip, by_rows
 
 
 @full_precision

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..numerics import compute_dtype, effective_scale, full_precision, log_sum_exp, softplus
-from .sweep import Skip, alarm, by_rows
+from ..numerics import alarm, compute_dtype, effective_scale, full_precision, log_sum_exp, softplus
+from .sweep import Skip, by_rows
 
 
 @full_precision
@@ -45,26 +45,37 @@ def pair_uel(
     def rows(a: int, b: int) -> tuple[Tensor, ...]:
         s, pos = left_out.similarities(q, k, t, a, b), s_pos[a:b]
         margin = log_sum_exp(s) + log_m - pos
-        lse = pos + softplus(margin)
-        top = s.detach().argmax(-1, keepdim=True)
-        is_top = torch.zeros_like(s, dtype=torch.bool).scatter_(-1, top, True)
-        s_top = s.gather(-1, top).squeeze(-1)
-        rest = log_sum_exp(s.masked_fill(is_top, -math.inf)) + log_m
-        # log(1 - p_top): the positive, the other negatives and (m - 1) copies of the top one
-        alone = log_sum_exp(torch.stack((pos, rest, s_top + log_m1), -1)) - lse
-        has_negative = s_top > -math.inf
-        alone = torch.where(has_negative | s_top.isnan(), alone, 0.0)
-        p = (s - lse[:, None]).exp().masked_fill(is_top, 0.0)
-        loss = softplus(margin) - m * (torch.log1p(-p).sum(-1) + alone)
+        x = s - (pos + softplus(margin))[:, None]  # log p
+        top = x.detach().argmax(-1, keepdim=True)
+        is_top = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, top, True)
+        x_top = x.gather(-1, top).squeeze(-1)
+        small = torch.log1p(-x.masked_fill(is_top, -math.inf).exp()).sum(-1)
+        # log(1 - p_top): small too, or the positive, the other negatives and m - 1 of itself
+        rest = torch.stack(
+            (
+                -softplus(margin),
+                log_sum_exp(x.masked_fill(is_top, -math.inf)) + log_m,
+                x_top + log_m1,
+            ),
+            -1,
+        )
+        large = x_top > -math.log(2)
+        log_rest = torch.where(
+            large | x_top.isnan(),
+            log_sum_exp(torch.where(large[:, None], rest, 0.0)),
+            torch.log1p(-torch.where(large, -1.0, x_top).exp()),
+        )
+        loss = softplus(margin) - m * (small + log_rest)
         if not need_dq:
             return loss, q.new_empty(0)
-        odds_top = (torch.where(has_negative, s_top, -math.inf) - lse - alone).exp()[:, None]
+        p = x.exp()
+        odds_top = (x_top - log_rest).exp()[:, None]
         odds = torch.where(is_top, odds_top, p / (1 - p))
-        p = (s - lse[:, None]).exp()
-        total = odds.sum(-1, keepdim=True)
-        g = m * (p * (1 - m * total) + odds)
-        g_pos = torch.sigmoid(margin)[:, None] + m * total * (pos - lse).exp()[:, None]
-        dq = (g @ k - g_pos * k_pos[a:b]) * t
+        below = odds.masked_fill(is_top, 0.0).sum(-1, keepdim=True)
+        others = torch.where(is_top, below, below + odds_top - odds)  # sum of odds without j
+        g = m * p * (2 - (m - 1) * odds - m * others)
+        g_pos = torch.sigmoid(margin) + m * (below + odds_top)[:, 0] * (-softplus(margin)).exp()
+        dq = (g @ k - g_pos[:, None] * k_pos[a:b]) * t
         return loss, dq if row_weight is None else dq * row_weight[a:b, None]
 
     loss, dq = by_rows(rows, q.shape[0], k.shape[0])
