@@ -133,7 +133,10 @@ def _by_autograd(
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise _not_scalar(f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else loss)
         wanted = [x for x, n in zip(leaves, need, strict=True) if n]
-        grads = iter(torch.autograd.grad(loss, wanted, materialize_grads=True) if wanted else ())
+        if loss.requires_grad and wanted:
+            grads = iter(torch.autograd.grad(loss, wanted, materialize_grads=True))
+        else:  # a loss that depends on none of them
+            grads = iter([torch.zeros_like(x) for x in wanted])
     return loss.detach(), tuple(next(grads) if n else None for n in need)
 
 

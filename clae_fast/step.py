@@ -94,7 +94,10 @@ def clae_step(
         )
     check.number("alpha", alpha, at_least=0)
     check.word("attack", attack, ATTACKS)
-    loss = NTXentLoss(0.5) if loss is None else loss
+    if loss is None:
+        loss = NTXentLoss(0.5)
+    elif not callable(loss):
+        raise TypeError(f"loss must be callable, got {type(loss).__name__}")
 
     if attack == "exact":
         grad = _attack_gradient(_inner(encoder), x_i, loss)

@@ -79,7 +79,7 @@ def number(name: str, value: Any, at_least: float = -math.inf) -> None:
     """A finite number, not below `at_least`."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (at_least <= value and math.isfinite(value)):
+    if not (at_least <= value and -math.inf < value < math.inf):
         limit = "" if at_least == -math.inf else f" and at least {at_least}"
         raise ValueError(f"{name} must be finite{limit}, got {value}")
 
