@@ -21,34 +21,47 @@ def branch_of(layer: HasBranch) -> str:
     """The layer's branch; remembers it for a recomputation, or raises where that cannot be."""
     if torch.compiler.is_compiling():
         return layer.branch  # recomputed inside the compiled graph, on the branch it traced
-    frame = _checkpoint_frame()
-    if frame is not None:
-        _remember(frame, layer)
-    elif torch._C._current_graph_task_id() != -1 and not _depth():
+    if torch._C._current_graph_task_id() != -1 and not any(id(layer) in b for b in _running()):
         raise RuntimeError(
             "a DualBatchNorm runs inside a backward and cannot know its branch: use "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), which is remembered, or "
             "strip_dual_batchnorm"
         )
+    for frame in _checkpoint_frames():
+        _remember(frame, layer)
     return layer.branch
 
 
-_recomputing = threading.local()
-"""`depth`: how many remembered functions this thread is running again."""
+Branches = dict[int, tuple[HasBranch, str]]
+_thread = threading.local()
 
 
-def _depth() -> int:
-    return getattr(_recomputing, "depth", 0)
+def _running() -> list[Branches]:
+    """The remembered branches of the functions that this thread is running again."""
+    if not hasattr(_thread, "running"):
+        _thread.running = []
+    running: list[Branches] = _thread.running
+    return running
 
 
-def _checkpoint_frame() -> Any:
-    """The frame of the non-reentrant checkpoint that records us now, if any."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or not getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook."):
-        return None
-    pack = hooks[0]
-    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
-    return cells["frame"].cell_contents if "frame" in cells else None
+def _checkpoint_frames() -> list[Any]:
+    """The frames of the non-reentrant checkpoints that record us now, nested ones too."""
+    autograd = torch._C._autograd
+    hooks = []
+    # Only the top of the stack can be read: take it apart, and put it together again.
+    while _is_checkpoint(top := autograd._top_saved_tensors_default_hooks(True)):
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    for hook in reversed(hooks):
+        autograd._push_saved_tensors_default_hooks(*hook)
+    cells = [dict(zip(h[0].__code__.co_freevars, h[0].__closure__, strict=True)) for h in hooks]
+    return [cell["frame"].cell_contents for cell in cells if "frame" in cell]
+
+
+def _is_checkpoint(hooks: Any) -> bool:
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith(
+        "_checkpoint_hook."
+    )
 
 
 def _remember(frame: Any, layer: HasBranch) -> None:
@@ -65,18 +78,16 @@ def _remember(frame: Any, layer: HasBranch) -> None:
         )
 
 
-def _on_branches(
-    recompute: Callable[..., Any], branches: dict[int, tuple[HasBranch, str]]
-) -> Callable[..., Any]:
+def _on_branches(recompute: Callable[..., Any], branches: Branches) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         before = [(layer, layer.branch) for layer, _ in branches.values()]
         for layer, branch in branches.values():
             layer.branch = branch
-        _recomputing.depth = _depth() + 1
+        _running().append(branches)
         try:
             return recompute(*args, **kwargs)
         finally:
-            _recomputing.depth -= 1
+            _running().pop()
             for layer, branch in before:
                 layer.branch = branch
 

@@ -250,11 +250,16 @@ def test_frozen():
     net = Net()
     flags = [p.requires_grad for p in net.parameters()]
     assert flags.count(False) == 1
-    with pytest.raises(KeyError), frozen(net):
-        assert not any(p.requires_grad for p in net.parameters())
+
+    def fail_inside():
         with frozen(net):
-            pass
-        raise KeyError
+            assert not any(p.requires_grad for p in net.parameters())
+            with frozen(net):
+                pass
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     assert [p.requires_grad for p in net.parameters()] == flags
 
 

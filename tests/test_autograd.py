@@ -1,4 +1,4 @@
-"""Losses inside autograd and torch.compile: second derivatives, penalties, graphs without breaks."""
+"""Losses inside autograd and torch.compile: second derivatives, penalties, unbroken graphs."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Wrong input to every public function: one error, naming the argument, what it is, what it must be."""
+"""Wrong input to every public function: one error that names the argument, its value, the rule."""
 
 import pytest
 import torch

@@ -1,0 +1,55 @@
+"""The CLAE step as its authors' code runs it, waste and all: the yardstick of `clae_step`.
+
+Five encoder forwards (SimCLR, UEL) or six (Plain); the attack calls `loss.backward()`.
+"""
+
+import torch
+from torch import nn
+
+from clae_fast import batchnorm_branch, convert_dual_batchnorm
+
+
+def step(encoder, x_i, x_j, loss, eps=0.03, alpha=1.0, plain=False):
+    """Returns loss, x_adv; the weight gradients are in the parameters."""
+    x_adv = x_i.detach().clone().requires_grad_()
+    with batchnorm_branch(encoder, "aux"):
+        z, z_adv = encoder(x_i), encoder(x_adv)
+    loss(z, z_adv).backward()
+    x_adv = (x_adv + eps * x_adv.grad.sign()).detach().requires_grad_(plain)
+    encoder.zero_grad()
+    with batchnorm_branch(encoder, "main"):
+        z_i, z_j = encoder(x_i), encoder(x_j)
+    clean = loss(z_i, z_j)
+    if plain:  # encodes x_i anew for the second term
+        with batchnorm_branch(encoder, "main"):
+            z_i = encoder(x_i)
+    with batchnorm_branch(encoder, "aux"):
+        z_adv = encoder(x_adv)
+    total = clean + alpha * loss(z_i, z_adv)
+    total.backward()
+    return total.detach(), x_adv.detach()
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in "12")
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        h = self.bn1(self.conv1(x)).relu()
+        return (x + self.bn2(self.conv2(h))).relu()
+
+
+def small_encoder(dim=8):
+    """A residual net whose two branches differ, as after some training."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), Block(8), Block(8),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, dim),
+    )  # fmt: skip
+    convert_dual_batchnorm(net)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "aux" in name:
+                p.add_(0.2 * torch.randn_like(p))
+    return net
