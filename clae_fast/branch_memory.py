@@ -54,7 +54,9 @@ def _checkpoint_frames() -> list[Any]:
         autograd._pop_saved_tensors_default_hooks()
     for hook in reversed(hooks):
         autograd._push_saved_tensors_default_hooks(*hook)
-    cells = [dict(zip(h[0].__code__.co_freevars, h[0].__closure__, strict=True)) for h in hooks]
+    cells = [
+        dict(zip(h[0].__code__.co_freevars, h[0].__closure__ or (), strict=True)) for h in hooks
+    ]
     return [cell["frame"].cell_contents for cell in cells if "frame" in cell]
 
 

@@ -1,0 +1,120 @@
+"""The table of backends: what is chosen, what is forced, and what a refusal says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import clae_fast
+from clae_fast import available_backends, backends, nt_xent_loss, use_backend
+from clae_fast.ops import SCHEMAS, raw
+
+
+def test_every_operator_has_a_specification():
+    assert set(backends.OPERATORS) == set(SCHEMAS)
+    table = available_backends()
+    assert set(table) == set(SCHEMAS)
+    for row in table.values():
+        assert tuple(row) == backends.BACKENDS
+        assert row["reference"] == "ok"
+        assert all(row.values()), "a refusal has a reason"
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A table with two kernels for pair_lse: one is missing a library, one refuses 3 columns."""
+    calls = []
+
+    def missing():
+        raise backends.Unavailable("libfast.so is not there")
+
+    def kernel(q, k, *args, **kwargs):
+        calls.append("cpp")
+        return torch.zeros(q.shape[0])
+
+    def can_run(q, k, *args, **kwargs):
+        return "it cannot do 3 columns" if k.shape[0] == 3 else None
+
+    rows = (
+        *backends.TABLE,
+        backends.Row("pair_lse", "cuda", 30, missing, lambda *a, **k: None),
+        backends.Row("pair_lse", "cpp", 20, lambda: kernel, can_run),
+    )
+    monkeypatch.setattr(backends, "TABLE", rows)
+    backends._rows.cache_clear()
+    yield calls
+    monkeypatch.undo()
+    backends._rows.cache_clear()
+
+
+def test_the_best_that_can_run_is_chosen(fake):
+    q = torch.randn(4, 2)
+    assert (raw.pair_lse(q, q, 1.0) == 0).all()
+    assert fake == ["cpp"]
+    expected = raw.pair_lse(q, q[:3], 1.0, backend="reference")
+    assert torch.equal(raw.pair_lse(q, q[:3], 1.0), expected)
+    assert (raw.pair_lse(q, q, 1.0, backend="reference") != 0).all()
+    assert fake == ["cpp"]
+    row = available_backends()["pair_lse"]
+    assert row["cpp"] == "ok"
+    assert row["cuda"] == "libfast.so is not there"
+    assert row["triton"] == "no kernel in this version"
+
+
+def test_a_forced_backend_says_why_not(fake):
+    q = torch.randn(4, 2)
+    for backend, reason in (
+        ("cuda", "libfast.so is not there"),
+        ("cpp", "cannot do 3 columns"),
+        ("triton", "no kernel for this operator"),
+    ):
+        with pytest.raises(
+            RuntimeError, match=f"backend='{backend}' cannot run pair_lse: .*{reason}"
+        ):
+            raw.pair_lse(q, q[:3], 1.0, backend=backend)
+
+
+def test_use_backend_nests_and_comes_back():
+    assert backends.requested(None) == "auto"
+    with use_backend("reference"):
+        assert backends.requested(None) == "reference"
+        with use_backend("auto"):
+            assert backends.requested(None) == "auto"
+            assert backends.requested("cpp") == "cpp"
+        assert backends.requested(None) == "reference"
+    assert backends.requested(None) == "auto"
+
+
+def test_argument_wins_over_context():
+    x = torch.randn(4, 3)
+    with use_backend("cuda"):
+        with pytest.raises(RuntimeError, match="cannot run contrast"):
+            nt_xent_loss(x, x)
+        assert nt_xent_loss(x, x, backend="reference").isfinite()
+        with pytest.raises(RuntimeError, match="cannot run sign_step"):
+            clae_fast.fgsm(lambda v: v.sum(), x, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("reference", "fine"), ("cuda", "backend='cuda' cannot run contrast"),
+     ("gpu", "CLAE_FAST_BACKEND must be 'auto' or one of"), ("", "CLAE_FAST_BACKEND must be")],
+)  # fmt: skip
+def test_environment(value, expected):
+    code = (
+        "import torch, clae_fast\n"
+        "x = torch.randn(4, 3, requires_grad=True)\n"
+        "try: g, = torch.autograd.grad(clae_fast.nt_xent_loss(x, x), x, create_graph=True)\n"
+        "except Exception as error: print(error)\n"
+        "else: g.sum().backward(); print('fine')"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CLAE_FAST_BACKEND": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert expected in out.stdout

@@ -1,0 +1,72 @@
+"""`clae-fast` and `python -m clae_fast`: info, help, wrong commands."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import clae_fast
+from clae_fast import _extension, backends
+from clae_fast.__main__ import main
+
+
+def test_info(capsys):
+    """Versions, build facts, and each operator on each backend with "ok" or the reason."""
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        clae_fast.__version__,
+        "torch",
+        "triton",
+        "cuda devices",
+        "build: cpp",
+        "build: cuda",
+    ):
+        assert word in out
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    for op, row in clae_fast.available_backends().items():
+        assert lines[op] == ["ok" if state == "ok" else "-" for state in row.values()]
+        for backend, state in row.items():
+            assert state == "ok" or f"- {backend}: {state}" in out
+    assert lines["operator"] == list(backends.BACKENDS)
+    for part, state in _extension.build_facts()["parts"].items():
+        assert f"build: {part}" in out
+        assert state in out
+
+
+def test_info_without_a_build(capsys, monkeypatch):
+    reason = "not built: no C++ compiler"
+    monkeypatch.setattr(_extension, "load", lambda: reason)
+    monkeypatch.setattr(_extension, "build_facts", dict)
+    backends._loaded.cache_clear()
+    try:
+        assert main(["info"]) == 0
+    finally:
+        backends._loaded.cache_clear()
+    out = capsys.readouterr().out
+    assert f"- cpp: {reason} (sign_step)" in out
+    assert "pip install -e ." in out
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["train"], ["info", "--verbose"], ["pretrain", "--epoch", "x"]]
+)
+def test_wrong_commands(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "usage: clae-fast" in capsys.readouterr().err
+
+
+def test_entry_points():
+    """The console script and the module, from another folder."""
+    script = os.path.join(os.path.dirname(sys.executable), "clae-fast")
+    for command in ([sys.executable, "-m", "clae_fast"], [script]):
+        out = subprocess.run(
+            [*command, "--version"], cwd="/", capture_output=True, text=True, check=True
+        )
+        assert out.stdout.strip() == f"clae-fast {clae_fast.__version__}"
+    text = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "pretrain" in text
+    assert "info" in text
