@@ -7,7 +7,7 @@ differentiated as often as one likes.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ from .numerics import as_given, compute_dtype, effective_scale, full_precision, 
 from .ops import raw
 
 Need = Sequence[bool]
+Gradients = tuple[Tensor | None, ...]
+
+
+class ContrastOptions(NamedTuple):
+    """What `contrast` is told beside its tensors; `t` as in `numerics.effective_scale`."""
+
+    scale: float
+    reciprocal: bool
+    form: str
+    normalize: bool
+    reduction: str
+    backend: str
+
+
+class UELOptions(NamedTuple):
+    """What `pair_uel` is told beside its tensors."""
+
+    scale: float
+    reciprocal: bool
+    normalize: bool
+    negative_weight: float
+    reduction: str
+    backend: str
 
 
 def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
@@ -25,11 +48,16 @@ def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
     return rows.mean() if reduction == "mean" else rows.sum()
 
 
-def _scale_grad(dscale: Tensor, scale: float, scale_tensor: Tensor, reciprocal: bool) -> Tensor:
+def _scale_grad(
+    dscale: Tensor, scale_tensor: Tensor, options: ContrastOptions | UELOptions
+) -> Tensor:
     """Gradient of the tensor behind `t`: of the temperature in `t = 1 / temperature`, say."""
     x = scale_tensor.detach().to(dscale.dtype)
-    slope = -scale / (x * x) if reciprocal else scale
+    slope = -options.scale / (x * x) if options.reciprocal else options.scale
     return (dscale.reshape(x.shape) * slope).to(scale_tensor.dtype)
+
+
+# ------------------------------------------------------------------------- what all of them need
 
 
 def _records_gradient(*tensors: Tensor | None) -> bool:
@@ -71,53 +99,21 @@ def _once(fn: Callable[..., Any], *tensors: Tensor | None) -> Any:
     return fn(*tensors)
 
 
-class _Contrast(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        negatives: Tensor | None,
-        scale: float,
-        scale_tensor: Tensor | None,
-        reciprocal: bool,
-        form: str,
-        normalize: bool,
-        reduction: str,
-        backend: str,
-    ) -> Tensor:
-        need = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-        now = [n and reduction != "none" for n in need]  # "none" needs the upstream weights first
-        rows, lse_row, lse_col, *grads = raw.contrast(
-            q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, *now, backend=backend
-        )
-        ctx.save_for_backward(q, k, negatives, scale_tensor, lse_row, lse_col, *grads)
-        ctx.need, ctx.reduction, ctx.count = need, reduction, rows.numel()
-        ctx.options = scale, reciprocal, form, normalize, backend
-        return reduce_rows(rows, reduction)
+# -------------------------------------------------------------------- NT-Xent, InfoNCE and CLIP
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        need, reduction, count = ctx.need, ctx.reduction, ctx.count
-        scale, reciprocal, form, normalize, backend = ctx.options
 
-        def gradients(g: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-            q, k, negatives, scale_tensor, lse_row, lse_col = saved[:6]
-            options = (scale, scale_tensor, reciprocal)
-            grads: Sequence[Tensor]
-            if reduction == "none":
-                pair_grad = functools.partial(raw.pair_grad, backend=backend)
-                saved_rows = (form, normalize, lse_row, lse_col)
-                grads = reference.contrast_grad(
-                    q, k, negatives, *options, *saved_rows, g, need, pair_grad
-                )
-            else:
-                factor = g / count if reduction == "mean" else g
-                grads = [x * factor for x in saved[6:]]
-            return _contrast_gradients(need, grads, q, k, negatives, *options)
-
-        dq, dk, dnegatives, dscale = _once(gradients, grad_output, *ctx.saved_tensors)
-        return dq, dk, dnegatives, None, dscale, None, None, None, None, None
+def _contrast(
+    need: Need,
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor | None,
+    scale_tensor: Tensor | None,
+    o: ContrastOptions,
+) -> Any:
+    return raw.contrast(
+        q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize, *need,
+        backend=o.backend,
+    )  # fmt: skip
 
 
 def _contrast_gradients(
@@ -126,39 +122,74 @@ def _contrast_gradients(
     q: Any,
     k: Any,
     negatives: Any,
-    scale: float,
     scale_tensor: Any,
-    reciprocal: bool,
-) -> tuple[Tensor | None, ...]:
+    options: ContrastOptions,
+) -> Gradients:
     """The gradients asked for, in the dtypes of their inputs; cast last, as half is narrow."""
     dq, dk, dnegatives, dscale = grads
     return (
         dq.to(q.dtype) if need[0] else None,
         dk.to(k.dtype) if need[1] else None,
         dnegatives.to(negatives.dtype) if need[2] and negatives is not None else None,
-        _scale_grad(dscale, scale, scale_tensor, reciprocal) if need[3] else None,
+        _scale_grad(dscale, scale_tensor, options) if need[3] else None,
     )
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        negatives: Tensor | None,
+        scale_tensor: Tensor | None,
+        options: ContrastOptions,
+    ) -> Tensor:
+        need = ctx.needs_input_grad[:4]
+        # "none" must know the upstream weights before it can sum
+        now = [n and options.reduction != "none" for n in need]
+        tensors = (q, k, negatives, scale_tensor)
+        rows, lse_row, lse_col, *grads = _contrast(now, *tensors, options)
+        ctx.save_for_backward(*tensors, lse_row, lse_col, *grads)
+        ctx.need, ctx.options, ctx.count = need, options, rows.numel()
+        return reduce_rows(rows, options.reduction)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        need, o, count = ctx.need, ctx.options, ctx.count
+
+        def gradients(g: Tensor, *saved: Any) -> Gradients:
+            q, k, negatives, scale_tensor, lse_row, lse_col = saved[:6]
+            grads: Sequence[Tensor]
+            if o.reduction == "none":
+                grads = reference.contrast_grad(
+                    q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
+                    lse_row, lse_col, g, need, functools.partial(raw.pair_grad, backend=o.backend),
+                )  # fmt: skip
+            else:
+                factor = g / count if o.reduction == "mean" else g
+                grads = [x * factor for x in saved[6:]]
+            return _contrast_gradients(need, grads, q, k, negatives, scale_tensor, o)
+
+        return *_once(gradients, grad_output, *ctx.saved_tensors), None
 
 
 def contrast_loss(
     q: Tensor,
     k: Tensor,
     negatives: Tensor | None,
-    scale: float,
     scale_tensor: Tensor | None,
-    reciprocal: bool,
-    form: str,
-    normalize: bool,
-    reduction: str,
-    backend: str,
+    options: ContrastOptions,
 ) -> Tensor:
     """The losses of `reference.contrast`, reduced; differentiable."""
-    options = (scale, scale_tensor, reciprocal, form, normalize)
-    if backend == "reference":
-        return reduce_rows(reference.contrast(q, k, negatives, *options).loss, reduction)
+    if options.backend == "reference":
+        scale = (options.scale, scale_tensor, options.reciprocal)
+        rows = reference.contrast(q, k, negatives, *scale, options.form, options.normalize).loss
+        return reduce_rows(rows, options.reduction)
     if _records_gradient(q, k, negatives, scale_tensor):
-        return _Contrast.apply(q, k, negatives, *options, reduction, backend)
-    return reduce_rows(raw.contrast(q, k, negatives, *options, backend=backend)[0], reduction)
+        return _Contrast.apply(q, k, negatives, scale_tensor, options)
+    rows = _contrast((False,) * 4, q, k, negatives, scale_tensor, options)[0]
+    return reduce_rows(rows, options.reduction)
 
 
 def contrast_value_and_grad(
@@ -166,36 +197,24 @@ def contrast_value_and_grad(
     q: Tensor,
     k: Tensor,
     negatives: Tensor | None,
-    scale: float,
     scale_tensor: Tensor | None,
-    reciprocal: bool,
-    form: str,
-    normalize: bool,
-    reduction: str,
-    backend: str,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    options: ContrastOptions,
+) -> tuple[Tensor, Gradients]:
     """The reduced loss and its gradients for (q, k, negatives, scale_tensor), without a graph."""
-    rows, _, _, *grads = raw.contrast(
-        q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, *need, backend=backend
-    )
-    if reduction == "mean":
+    rows, _, _, *grads = _contrast(need, q, k, negatives, scale_tensor, options)
+    if options.reduction == "mean":
         grads = [x * (1 / rows.numel()) for x in grads]
-    return reduce_rows(rows, reduction), _contrast_gradients(
-        need, grads, q, k, negatives, scale, scale_tensor, reciprocal
+    return reduce_rows(rows, options.reduction), _contrast_gradients(
+        need, grads, q, k, negatives, scale_tensor, options
     )
+
+
+# ------------------------------------------------------------------------------------------- UEL
 
 
 @full_precision
 def _uel_rows(
-    z_i: Tensor,
-    z_j: Tensor,
-    scale: float,
-    scale_tensor: Tensor | None,
-    reciprocal: bool,
-    normalize: bool,
-    negative_weight: float,
-    need: bool,
-    backend: str,
+    z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, o: UELOptions, need: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the loss (2B,); each row's own gradient (2B, D) and slope in `t` (2B,).
 
@@ -203,116 +222,78 @@ def _uel_rows(
     multiplied in afterwards.
     """
     dtype = compute_dtype(z_i.dtype)
-    unit = (unit_rows if normalize else as_given)(torch.cat((z_i, z_j)).to(dtype))
+    unit = (unit_rows if o.normalize else as_given)(torch.cat((z_i, z_j)).to(dtype))
     rows, dq = raw.pair_uel(
-        unit.z, unit.z, scale, negative_weight, scale_tensor, reciprocal, need_dq=need,
-        backend=backend,
+        unit.z, unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal, need_dq=need,
+        backend=o.backend,
     )  # fmt: skip
     if not need:
         return rows, dq, dq
-    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    t = effective_scale(o.scale, scale_tensor, o.reciprocal, dtype)
     return rows, to_raw(dq, unit), (unit.z * dq).sum(-1) / t  # Euler
+
+
+def _uel_gradients(
+    need: Need,
+    weight: Tensor,
+    z_i: Any,
+    z_j: Any,
+    scale_tensor: Any,
+    dz: Any,
+    dscale: Any,
+    options: UELOptions,
+) -> Gradients:
+    """Upstream weights (2B,) times each row's own gradient, in the dtypes of the inputs."""
+    B = z_i.shape[0]
+    return (
+        (dz[:B] * weight[:B, None]).to(z_i.dtype) if need[0] else None,
+        (dz[B:] * weight[B:, None]).to(z_j.dtype) if need[1] else None,
+        _scale_grad((dscale * weight).sum(), scale_tensor, options) if need[2] else None,
+    )
 
 
 class _UEL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        z_i: Tensor,
-        z_j: Tensor,
-        scale: float,
-        scale_tensor: Tensor | None,
-        reciprocal: bool,
-        normalize: bool,
-        negative_weight: float,
-        reduction: str,
-        backend: str,
+        ctx: Any, z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions
     ) -> Tensor:
-        ctx.need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        rows, dz, dscale = _uel_rows(
-            z_i, z_j, scale, scale_tensor, reciprocal, normalize, negative_weight, True, backend
-        )
+        rows, dz, dscale = _uel_rows(z_i, z_j, scale_tensor, options, True)
         ctx.save_for_backward(z_i, z_j, scale_tensor, dz, dscale)
-        ctx.reduction, ctx.count = reduction, rows.numel()
-        ctx.options = scale, reciprocal
-        return reduce_rows(rows, reduction)
+        ctx.need, ctx.options, ctx.count = ctx.needs_input_grad[:3], options, rows.numel()
+        return reduce_rows(rows, options.reduction)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        need, mean, count = ctx.need, ctx.reduction == "mean", ctx.count
-        scale, reciprocal = ctx.options
+        need, options, count = ctx.need, ctx.options, ctx.count
 
-        def gradients(g: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+        def gradients(g: Tensor, *saved: Any) -> Gradients:
+            weight = (g / count if options.reduction == "mean" else g).expand(count)
             z_i, z_j, scale_tensor, dz, dscale = saved
-            weight = (g / count if mean else g).expand(count)
-            return _uel_gradients(
-                need, z_i, z_j, scale, scale_tensor, reciprocal, dz, dscale, weight
-            )
+            return _uel_gradients(need, weight, z_i, z_j, scale_tensor, dz, dscale, options)
 
-        dz_i, dz_j, dscale = _once(gradients, grad_output, *ctx.saved_tensors)
-        return dz_i, dz_j, None, dscale, None, None, None, None, None
+        return *_once(gradients, grad_output, *ctx.saved_tensors), None
 
 
-def _uel_gradients(
-    need: Need,
-    z_i: Any,
-    z_j: Any,
-    scale: float,
-    scale_tensor: Any,
-    reciprocal: bool,
-    dz: Any,
-    dscale: Any,
-    weight: Tensor,
-) -> tuple[Tensor | None, ...]:
-    B = z_i.shape[0]
-    return (
-        (dz[:B] * weight[:B, None]).to(z_i.dtype) if need[0] else None,
-        (dz[B:] * weight[B:, None]).to(z_j.dtype) if need[1] else None,
-        _scale_grad((dscale * weight).sum(), scale, scale_tensor, reciprocal) if need[2] else None,
-    )
-
-
-def uel_loss(
-    z_i: Tensor,
-    z_j: Tensor,
-    scale: float,
-    scale_tensor: Tensor | None,
-    reciprocal: bool,
-    normalize: bool,
-    negative_weight: float,
-    reduction: str,
-    backend: str,
-) -> Tensor:
+def uel_loss(z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions) -> Tensor:
     """`reference.pair_uel` on the stacked views, reduced; differentiable."""
-    if backend == "reference":
-        dtype = compute_dtype(z_i.dtype)
-        z = torch.cat((z_i, z_j)).to(dtype)
-        z = unit_rows(z).z if normalize else z
-        rows = reference.pair_uel(z, z, scale, negative_weight, scale_tensor, reciprocal)[0]
-        return reduce_rows(rows, reduction)
-    options = (scale, scale_tensor, reciprocal, normalize, negative_weight)
+    if options.backend == "reference":
+        z = torch.cat((z_i, z_j)).to(compute_dtype(z_i.dtype))
+        z = unit_rows(z).z if options.normalize else z
+        scale = (options.scale, options.negative_weight, scale_tensor, options.reciprocal)
+        return reduce_rows(reference.pair_uel(z, z, *scale)[0], options.reduction)
     if _records_gradient(z_i, z_j, scale_tensor):
-        return _UEL.apply(z_i, z_j, *options, reduction, backend)
-    return reduce_rows(_uel_rows(z_i, z_j, *options, False, backend)[0], reduction)
+        return _UEL.apply(z_i, z_j, scale_tensor, options)
+    rows = _uel_rows(z_i, z_j, scale_tensor, options, False)[0]
+    return reduce_rows(rows, options.reduction)
 
 
 def uel_value_and_grad(
-    need: Need,
-    z_i: Tensor,
-    z_j: Tensor,
-    scale: float,
-    scale_tensor: Tensor | None,
-    reciprocal: bool,
-    normalize: bool,
-    negative_weight: float,
-    reduction: str,
-    backend: str,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    need: Need, z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions
+) -> tuple[Tensor, Gradients]:
     """The reduced loss and its gradients for (z_i, z_j, scale_tensor), without a graph."""
-    rows, dz, dscale = _uel_rows(
-        z_i, z_j, scale, scale_tensor, reciprocal, normalize, negative_weight, any(need), backend
-    )
-    weight = rows.new_full((), 1 / rows.numel() if reduction == "mean" else 1.0)
-    return reduce_rows(rows, reduction), _uel_gradients(
-        need, z_i, z_j, scale, scale_tensor, reciprocal, dz, dscale, weight.expand(rows.numel())
+    rows, dz, dscale = _uel_rows(z_i, z_j, scale_tensor, options, any(need))
+    factor = 1 / rows.numel() if options.reduction == "mean" else 1.0
+    weight = rows.new_full((), factor).expand(rows.numel())
+    return reduce_rows(rows, options.reduction), _uel_gradients(
+        need, weight, z_i, z_j, scale_tensor, dz, dscale, options
     )

@@ -26,6 +26,7 @@ from .numerics import (
     unit_rows,
 )
 
+Scale = tuple[float, Tensor | None, bool]
 NEGATIVE_MODES = ("unpaired", "paired")
 
 
@@ -71,21 +72,23 @@ def _contrast(
     q: Tensor,
     k: Tensor,
     negatives: Tensor | None,
-    scale: tuple[float, Tensor | None, bool],
-    form: str,
-    normalize: bool,
-    reduction: str,
-    backend: str,
+    scale: Scale,
+    *options: Any,
     slots: tuple[int | None, ...],
     bias: Tensor | None = None,
 ) -> Plan:
-    """A plan for the `contrast` operator, whose gradients are (q, k, negatives, scale_tensor)."""
-    args = (q, k, negatives, *scale, form, normalize, reduction, backend)
+    """A plan for `contrast`, whose gradients are (q, k, negatives, scale_tensor).
+
+    `options` are form, normalize, reduction and backend.
+    """
+    number, tensor, reciprocal = scale
+    told = autograd.ContrastOptions(number, reciprocal, *options)
+    args = (q, k, negatives, tensor, told)
     fused = autograd.contrast_value_and_grad
-    return Plan(autograd.contrast_loss, args, reduction, fused, 4, slots, bias)
+    return Plan(autograd.contrast_loss, args, told.reduction, fused, 4, slots, bias)
 
 
-def _scale(temperature: float | Tensor) -> tuple[float, Tensor | None, bool]:
+def _scale(temperature: float | Tensor) -> Scale:
     """`t = 1 / temperature` as (scale, scale_tensor, reciprocal)."""
     if isinstance(temperature, Tensor):
         return 1.0, temperature, True
@@ -308,8 +311,9 @@ def uel_loss(
     check.positive_scalar("temperature", temperature, z_i)
     check.number("negative_weight", negative_weight, at_least=1)
     backend = _common(reduction, normalize, backend)
-    options = (normalize, float(negative_weight), reduction, backend)
-    args = (z_i, z_j, *_scale(temperature), *options)
+    scale, tensor, reciprocal = _scale(temperature)
+    options = (scale, reciprocal, normalize, float(negative_weight), reduction, backend)
+    args = (z_i, z_j, tensor, autograd.UELOptions(*options))
     return Plan(autograd.uel_loss, args, reduction, autograd.uel_value_and_grad, 3, (0, 1))
 
 
@@ -370,7 +374,7 @@ def clip_loss(
     elif logit_bias is not None:
         check.number("logit_bias", logit_bias)
     backend = _common(reduction, normalize, backend)
-    scale: tuple[float, Tensor | None, bool]
+    scale: Scale
     if isinstance(logit_scale, Tensor):
         scale = (1.0, logit_scale, False)
     else:

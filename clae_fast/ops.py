@@ -4,13 +4,15 @@ An operator exists without any extension; inside, `choose` picks the kernel, so 
 sees one opaque node. Raw operators have no gradient of their own: see `autograd.py`.
 """
 
-import functools
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .backends import choose
 from .numerics import compute_dtype
 
@@ -50,93 +52,59 @@ def _implementation(op: str) -> Callable[..., Any]:
     return run
 
 
-def _fake_pair_lse(q: Tensor, *_: Any, **__: Any) -> Tensor:
-    return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype))
+def _fake(op: str) -> Callable[..., Any]:
+    """Shapes and dtypes of an operator's results, from its arguments by name."""
+    signature = inspect.signature(getattr(reference, op))
+
+    def run(*args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return FAKES[op](SimpleNamespace(**bound.arguments))
+
+    return run
 
 
-def _fake_pair_grad(q: Tensor, *_: Any, **__: Any) -> Tensor:
-    return q.new_empty(q.shape, dtype=compute_dtype(q.dtype))
-
-
-def _fake_pair_mean(q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return _fake_pair_lse(q), _fake_pair_grad(q)
+def _like(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
 def _asked(x: Tensor, need: bool) -> Tensor:
-    return x.new_empty(x.shape if need else 0, dtype=compute_dtype(x.dtype))
+    return _like(x, *x.shape) if need else _like(x, 0)
 
 
-def _fake_pair_sigmoid(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    bias: float,
-    scale_tensor: Tensor | None = None,
-    reciprocal: bool = False,
-    bias_tensor: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    need_dq: bool = False,
-    need_dk: bool = False,
-    **_: Any,
-) -> tuple[Tensor, ...]:
-    return _fake_pair_lse(q), _fake_pair_lse(q), _asked(q, need_dq), _asked(k, need_dk)
-
-
-def _fake_pair_uel(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    negative_weight: float,
-    scale_tensor: Tensor | None = None,
-    reciprocal: bool = False,
-    row_weight: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    need_dq: bool = False,
-    **_: Any,
-) -> tuple[Tensor, ...]:
-    return _fake_pair_lse(q), _asked(q, need_dq)
-
-
-def _fake_contrast(
-    q: Tensor,
-    k: Tensor,
-    negatives: Tensor | None,
-    scale: float,
-    scale_tensor: Tensor | None = None,
-    reciprocal: bool = False,
-    form: str = "nt_xent",
-    normalize: bool = True,
-    need_dq: bool = False,
-    need_dk: bool = False,
-    need_dnegatives: bool = False,
-    need_dscale: bool = False,
-    **_: Any,
-) -> tuple[Tensor, ...]:
-    new = functools.partial(q.new_empty, dtype=compute_dtype(q.dtype))
-    B = q.shape[0]
-    rows = {"nt_xent": (2 * B,), "one_way": (B,), "two_way": (B, 2)}[form]
+def _fake_contrast(a: Any) -> tuple[Tensor, ...]:
+    B = a.q.shape[0]
+    rows = {"nt_xent": (2 * B,), "one_way": (B,), "two_way": (B, 2)}[a.form]
     return (
-        new(rows),
-        new(rows[0]),
-        new(B if form == "two_way" else 0),
-        _asked(q, need_dq),
-        _asked(k, need_dk),
-        new(0) if negatives is None else _asked(negatives, need_dnegatives),
-        new(1 if need_dscale else 0),
+        _like(a.q, *rows),
+        _like(a.q, rows[0]),
+        _like(a.q, B if a.form == "two_way" else 0),
+        _asked(a.q, a.need_dq),
+        _asked(a.k, a.need_dk),
+        _like(a.q, 0) if a.negatives is None else _asked(a.negatives, a.need_dnegatives),
+        _like(a.q, 1 if a.need_dscale else 0),
     )
 
 
-def _fake_sign_step(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x)
+def _fake_pair_sigmoid(a: Any) -> tuple[Tensor, ...]:
+    N = a.q.shape[0]
+    return _like(a.q, N), _like(a.q, N), _asked(a.q, a.need_dq), _asked(a.k, a.need_dk)
 
+
+FAKES: dict[str, Callable[[Any], Any]] = {
+    "pair_lse": lambda a: _like(a.q, a.q.shape[0]),
+    "pair_grad": lambda a: _like(a.q, *a.q.shape),
+    "pair_mean": lambda a: (_like(a.q, a.q.shape[0]), _like(a.q, *a.q.shape)),
+    "pair_sigmoid": _fake_pair_sigmoid,
+    "pair_uel": lambda a: (_like(a.q, a.q.shape[0]), _asked(a.q, a.need_dq)),
+    "contrast": _fake_contrast,
+    "sign_step": lambda a: torch.empty_like(a.x),
+}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema.replace("'", '"'))
     _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_op}", globals()[f"_fake_{_op}"], lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake(_op), lib=_library)
 
 raw = getattr(torch.ops, NAMESPACE)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..numerics import compute_dtype, effective_scale, full_precision
-from .sweep import Skip, by_rows, softmax_weights
+from ..numerics import full_precision
+from .sweep import Skip, by_rows, operands, softmax_weights
 
 
 @full_precision
@@ -27,9 +27,7 @@ def pair_grad(
 
     Shape (N, D). Either pair may be absent.
     """
-    dtype = compute_dtype(q.dtype)
-    q, k = q.to(dtype), k.to(dtype)
-    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    q, k, t = operands(q, k, scale, scale_tensor, reciprocal)
     left_out = Skip(skip, offset, row_ids, col_ids)
 
     def rows(a: int, b: int) -> tuple[Tensor, ...]:

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ..numerics import compute_dtype, effective_scale, full_precision, log_sum_exp
-from .sweep import Skip, by_rows
+from ..numerics import full_precision, log_sum_exp
+from .sweep import Skip, by_rows, operands
 
 
 @full_precision
@@ -19,9 +19,7 @@ def pair_lse(
     col_ids: Tensor | None = None,
 ) -> Tensor:
     """`lse_i = log sum_j e^(s_ij)` over the allowed columns, (N,); -inf where there is none."""
-    dtype = compute_dtype(q.dtype)
-    q, k = q.to(dtype), k.to(dtype)
-    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    q, k, t = operands(q, k, scale, scale_tensor, reciprocal)
     left_out = Skip(skip, offset, row_ids, col_ids)
 
     def rows(a: int, b: int) -> tuple[Tensor, ...]:

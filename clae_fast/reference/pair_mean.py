@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ..numerics import compute_dtype, effective_scale, full_precision, log_sum_exp
-from .sweep import Skip, by_rows, softmax_weights
+from ..numerics import full_precision, log_sum_exp
+from .sweep import Skip, by_rows, operands, softmax_weights
 
 
 @full_precision
@@ -23,9 +23,7 @@ def pair_mean(
     `d lse_i / d q_i = t o_i`: loss and query gradient in one sweep. `o_i` is 0 where nothing is
     allowed.
     """
-    dtype = compute_dtype(q.dtype)
-    q, k = q.to(dtype), k.to(dtype)
-    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    q, k, t = operands(q, k, scale, scale_tensor, reciprocal)
     left_out = Skip(skip, offset, row_ids, col_ids)
 
     def rows(a: int, b: int) -> tuple[Tensor, ...]:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..numerics import alarm, compute_dtype, effective_scale, full_precision, softplus
-from .sweep import Skip, by_rows
+from ..numerics import alarm, full_precision, softplus
+from .sweep import Skip, by_rows, operands
 
 
 @full_precision
@@ -30,10 +30,8 @@ def pair_sigmoid(
     are left out. Returns the loss (N,), `g_i = row_weight_i sum_j dloss_i/ds_ij` (N,) whose sum is
     the gradient of the bias, and `dq` (N, D), `dk` (M, D) of `sum_i row_weight_i loss_i`.
     """
-    dtype = compute_dtype(q.dtype)
-    q, k = q.to(dtype), k.to(dtype)
-    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
-    b = bias if bias_tensor is None else bias + bias_tensor.to(dtype).reshape(())
+    q, k, t = operands(q, k, scale, scale_tensor, reciprocal)
+    b = bias if bias_tensor is None else bias + bias_tensor.to(q.dtype).reshape(())
     weight = q.new_ones(q.shape[0]) if row_weight is None else row_weight
     diagonal = Skip("diagonal", 0, None, None)
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..numerics import alarm, compute_dtype, effective_scale, full_precision, log_sum_exp, softplus
-from .sweep import Skip, by_rows
+from ..numerics import alarm, full_precision, log_sum_exp, softplus
+from .sweep import Skip, by_rows, operands
 
 
 @full_precision
@@ -33,9 +33,8 @@ def pair_uel(
     Only the largest negative can have p > 1/2, where 1 - p cancels: its complement is summed
     without it.
     """
-    dtype = compute_dtype(q.dtype)
-    q, k = q.to(dtype), k.to(dtype).detach()
-    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    q, k, t = operands(q, k, scale, scale_tensor, reciprocal)
+    k = k.detach()
     k_pos = k.roll(k.shape[0] // 2, 0)
     s_pos = (q * k_pos).sum(-1) * t
     left_out = Skip("twins", 0, row_ids, col_ids)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..numerics import compute_dtype, effective_scale
+
 CHUNK_ELEMENTS = 1 << 22
 """Similarities held at once (16 MiB in float32)."""
 
@@ -15,6 +17,18 @@ CHUNK_ELEMENTS = 1 << 22
 def softmax_weights(s: Tensor, lse: Tensor) -> Tensor:
     """`e^(s - lse)`, 0 where lse is -inf (there every s is)."""
     return (s - torch.where(lse == -math.inf, 0.0, lse)).exp()
+
+
+def operands(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    reciprocal: bool,
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """q and k in the dtype of the arithmetic, and `t`."""
+    dtype = compute_dtype(q.dtype)
+    return q.to(dtype), k.to(dtype), effective_scale(scale, scale_tensor, reciprocal, dtype)
 
 
 class Skip(NamedTuple):
