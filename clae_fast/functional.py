@@ -41,13 +41,10 @@ class Plan(NamedTuple):
     slots: tuple[int | None, ...] = ()  # which belongs to each positional input; None: it is 0
     bias: Tensor | None = None  # cancels in the softmax, and yet is part of the graph
 
-    def __call__(self) -> Tensor:
-        return self.finish(self.loss(*self.args))
 
-    def finish(self, loss: Tensor) -> Tensor:
-        if self.bias is None:
-            return loss
-        return loss + 0.0 * self.bias.to(loss.dtype).reshape(())
+def add_bias(loss: Tensor, bias: Tensor | None) -> Tensor:
+    """The loss with its bias, whose gradient is 0 and whose NaN is seen."""
+    return loss if bias is None else loss + 0.0 * bias.to(loss.dtype).reshape(())
 
 
 P = ParamSpec("P")
@@ -60,7 +57,8 @@ def _fused(plan: Callable[P, Plan]) -> Callable[P, Tensor]:
 
     @functools.wraps(plan)
     def loss(*inputs: P.args, **options: P.kwargs) -> Tensor:
-        return plan(*inputs, **options)()
+        fused = plan(*inputs, **options)
+        return add_bias(fused.loss(*fused.args), fused.bias)
 
     signature = inspect.signature(plan).replace(return_annotation=Tensor)
     loss.__signature__ = signature  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation as check
-from .functional import PLANS, Plan
+from .functional import PLANS, Plan, add_bias
 from .losses import ContrastiveLoss
 
 Gradients = tuple[Tensor | None, ...]
@@ -59,7 +59,7 @@ def value_and_grad(
             slots = [slot for slot, wanted in zip(plan.slots, need, strict=False) if wanted]
             flags = tuple(i in slots for i in range(plan.gradients))
             loss, grads = plan.value_and_grad(flags, *plan.args)
-            return plan.finish(loss), tuple(
+            return add_bias(loss, plan.bias), tuple(
                 None if not wanted else torch.zeros_like(x) if slot is None else grads[slot]
                 for x, slot, wanted in zip(inputs, plan.slots, need, strict=False)
             )

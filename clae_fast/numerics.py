@@ -11,9 +11,6 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NORM_EPS = 1e-12
-"""A shorter row is divided by this instead of its norm, as `torch.nn.functional.normalize` does."""
-
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for half precision, otherwise the dtype itself."""
@@ -50,16 +47,17 @@ class Unit(NamedTuple):
 
     z: Tensor  # (N, D)
     inverse_norm: Tensor  # (N, 1): 0 for a zero row
-    on_sphere: Tensor  # (N, 1) bool: False where the norm is below NORM_EPS
+    on_sphere: Tensor  # (N, 1) bool: False where the norm is below 1e-12
 
 
 def unit_rows(x: Tensor) -> Unit:
-    """`x / max(|x|, 1e-12)` per row, with gradient 0 at a zero row. Shape (..., D)."""
+    """`x / max(|x|, 1e-12)` per row, as F.normalize, with gradient 0 at a zero row. (..., D)."""
+    # The literal is meant: torch 2.10 takes a global float for a symbol when it compiles.
     squares = (x * x).sum(-1, keepdim=True)
     zero = squares == 0
     norm = torch.where(zero, 1.0, squares).sqrt()  # sqrt has no slope at 0
-    inverse = torch.where(zero, 0.0, 1 / norm.clamp_min(NORM_EPS))
-    return Unit(x * inverse, inverse, (norm > NORM_EPS) & ~zero)
+    inverse = torch.where(zero, 0.0, 1 / norm.clamp_min(1e-12))
+    return Unit(x * inverse, inverse, (norm > 1e-12) & ~zero)
 
 
 def as_given(x: Tensor) -> Unit:
