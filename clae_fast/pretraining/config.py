@@ -50,7 +50,7 @@ class PretrainConfig:
     method: str = "simclr"
     clae: bool = True
     data: str = "mnist5k"
-    epochs: int = 16
+    epochs: int = 12
     batch_size: int = 64
     lr: float = 6e-3
     weight_decay: float = 1e-4
