@@ -242,13 +242,21 @@ def test_uel_with_a_dominant_negative():
     z_i, z_j = z, -z + 0.1 * torch.randn_like(z)
     z_i[1] = z_i[0] + 1e-3 * torch.randn(8)
     xs = [z_i.float(), z_j.float()]
-    ref, grads, _ = truth("uel", xs, 0.07)
-    for backend in (None, "reference"):
-        leaves = [x.clone().requires_grad_() for x in xs]
-        loss = uel_loss(*leaves, temperature=0.07, backend=backend)
-        assert error(loss, ref) < 2e-6
-        for out, g in zip(torch.autograd.grad(loss, leaves), grads, strict=True):
-            assert error(out, g) < 2e-5
+    # at 0.07 1 - p is below float32's rounding, at 0.01 its inverse overflows
+    for temperature, m in ((0.07, 1.0), (0.07, 2.5), (0.01, 1.0), (0.01, 2.5)):
+        if temperature == 0.07:
+            name = "uel" if m == 1 else "uel-weight"
+            ref, grads, _ = truth(name, xs, temperature)
+        else:  # where dense float64 rounds to 1 too: the same formula in float64
+            exact = [x.double().requires_grad_() for x in xs]
+            ref = uel_loss(*exact, temperature=temperature, negative_weight=m, backend="reference")
+            grads = torch.autograd.grad(ref, exact)
+        for backend in (None, "reference"):
+            leaves = [x.clone().requires_grad_() for x in xs]
+            loss = uel_loss(*leaves, temperature=temperature, negative_weight=m, backend=backend)
+            assert error(loss, ref) < 1e-5
+            for out, g in zip(torch.autograd.grad(loss, leaves), grads, strict=True):
+                assert error(out, g) < 2e-5
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 100.0, 300.0])

@@ -67,14 +67,18 @@ def pair_uel(
         loss = softplus(margin) - m * (small + log_rest)
         if not need_dq:
             return loss, q.new_empty(0)
-        p = x.exp()
-        odds_top = (x_top - log_rest).exp()[:, None]
-        odds = torch.where(is_top, odds_top, p / (1 - p))
-        below = odds.masked_fill(is_top, 0.0).sum(-1, keepdim=True)
-        others = torch.where(is_top, below, below + odds_top - odds)  # sum of odds without j
-        g = m * p * (2 - (m - 1) * odds - m * others)
-        g_pos = torch.sigmoid(margin) + m * (below + odds_top)[:, 0] * (-softplus(margin)).exp()
-        dq = (g @ k - g_pos[:, None] * k_pos[a:b]) * t
+        # The odds of the top one may overflow; with a small p they stay in the exponent.
+        p, log_odds_top = x.exp(), (x_top - log_rest)[:, None]
+        odds = (p / (1 - p)).masked_fill(is_top, 0.0)
+        below = odds.sum(-1, keepdim=True)
+        of_itself = (m - 1) * (x + log_odds_top).exp() if m > 1 else torch.zeros_like(x)
+        of_top = torch.where(is_top, of_itself, m * (x + log_odds_top).exp())
+        g = m * (p * (2 - (m - 1) * odds - m * (below - odds)) - of_top)
+        log_p_pos = -softplus(margin)[:, None]
+        g_pos = torch.sigmoid(margin)[:, None] + m * (
+            below * log_p_pos.exp() + (log_p_pos + log_odds_top).exp()
+        )
+        dq = (g @ k - g_pos * k_pos[a:b]) * t
         return loss, dq if row_weight is None else dq * row_weight[a:b, None]
 
     loss, dq = by_rows(rows, q.shape[0], k.shape[0])

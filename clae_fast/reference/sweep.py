@@ -68,11 +68,20 @@ def by_rows(rows: Rows, n_rows: int, n_columns: int) -> tuple[Tensor, ...]:
     step = max(1, CHUNK_ELEMENTS // max(n_columns, 1))
     if n_rows <= step:
         return rows(0, n_rows)
+    spans = [(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
     if torch.is_grad_enabled():
-        plain = rows
-
-        def rows(start: int, stop: int) -> tuple[Tensor, ...]:
-            return checkpoint(plain, start, stop, use_reentrant=False, preserve_rng_state=False)
-
-    parts = [rows(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        parts = [
+            checkpoint(rows, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in spans
+        ]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    # In place: small results kept between large temporaries would fragment the heap.
+    out: tuple[Tensor, ...] | None = None
+    for a, b in spans:
+        part = rows(a, b)
+        if out is None:
+            out = tuple(x.new_empty((n_rows if len(x) else 0, *x.shape[1:])) for x in part)
+        for whole, x in zip(out, part, strict=True):
+            if len(x):
+                whole[a:b] = x
+    assert out is not None
+    return out
