@@ -20,7 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_pretrain(commands)
     add_info(commands)
     args = parser.parse_args(argv)
-    code: int = args.run(args)
+    try:
+        code: int = args.run(args)
+    except KeyboardInterrupt:
+        print("clae-fast: interrupted", file=sys.stderr)
+        return 130
     return code
 
 

@@ -144,6 +144,9 @@ def pgd(
     check.word("norm", norm, NORMS)
     if norm == "l2" and x.dim() < 1:
         raise ValueError("x must have a dimension of samples for norm='l2', got shape ()")
+    check.flag("random_start", random_start)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type != x.device.type:
         raise ValueError(f"generator must be on {x.device} as x is, got {generator.device}")
     x0 = leaf(x)
@@ -160,6 +163,7 @@ def pgd(
 
 def input_gradient(loss_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`d loss_fn(x) / dx` and nothing else: no `.grad` but that of a private leaf is touched."""
+    check.function("loss_fn", loss_fn)
     with torch.enable_grad():
         start = leaf(x).requires_grad_()
         loss = loss_fn(start)

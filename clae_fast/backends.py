@@ -89,11 +89,12 @@ def choose(
     why = "; ".join(reasons) or "it has no kernel for this operator in this version"
     have = ", ".join(row.backend for row in _rows(op))
     raise RuntimeError(
-        f"backend={backend!r} cannot run {op}: {why} (backends with a kernel: {have})"
+        f"backend={backend!r} cannot run {op}: {why} (backends with a kernel: {have}; "
+        "a backend is forced by the argument, by use_backend or by CLAE_FAST_BACKEND)"
     )
 
 
-_active = os.environ.get("CLAE_FAST_BACKEND", "auto")
+_active = os.environ.get("CLAE_FAST_BACKEND") or "auto"
 
 
 def requested(backend: str | None) -> str:

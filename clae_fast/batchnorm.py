@@ -27,6 +27,10 @@ class DualBatchNorm(_BatchNorm):
     aux: _BatchNorm
     branch: str = "main"
 
+    def __init__(self, *args: Any, aux_momentum: float | None = 0.01, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_module("aux", _twin(self, aux_momentum))
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, ...) with the statistics of the current branch."""
         if branch_memory.branch_of(self) == "aux":
@@ -38,19 +42,22 @@ class DualBatchNorm(_BatchNorm):
 
 
 class DualBatchNorm1d(DualBatchNorm, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` with a second set of statistics and affine parameters."""
+    """`nn.BatchNorm1d` with a second set of statistics and affine parameters.
+
+    Arguments as there, and `aux_momentum=0.01`; usually made by `convert_dual_batchnorm`.
+    """
 
 
 class DualBatchNorm2d(DualBatchNorm, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with a second set of statistics and affine parameters."""
+    """As DualBatchNorm1d, of `nn.BatchNorm2d`."""
 
 
 class DualBatchNorm3d(DualBatchNorm, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` with a second set of statistics and affine parameters."""
+    """As DualBatchNorm1d, of `nn.BatchNorm3d`."""
 
 
 class DualSyncBatchNorm(DualBatchNorm, nn.SyncBatchNorm):
-    """`nn.SyncBatchNorm` with a second set of statistics and affine parameters."""
+    """As DualBatchNorm1d, of `nn.SyncBatchNorm`."""
 
 
 _DUAL: dict[type[nn.Module], type[DualBatchNorm]] = {
@@ -59,7 +66,14 @@ _DUAL: dict[type[nn.Module], type[DualBatchNorm]] = {
     nn.BatchNorm3d: DualBatchNorm3d,
     nn.SyncBatchNorm: DualSyncBatchNorm,
 }
-_PLAIN = {dual: plain for plain, dual in _DUAL.items()}
+
+
+def _plain(layer: nn.Module) -> type[_BatchNorm]:
+    """The class of PyTorch behind a layer, dual or not."""
+    for cls in type(layer).__mro__:
+        if cls in _DUAL:
+            return cls  # type: ignore[return-value]
+    raise TypeError(f"{type(layer).__qualname__} has no BatchNorm of a dimension behind it")
 
 
 def _layers(model: nn.Module) -> tuple[dict[str, DualBatchNorm], dict[str, _BatchNorm]]:
@@ -77,7 +91,8 @@ def convert_dual_batchnorm(model: M, *, momentum: float | None = 0.01) -> M:
     """Give every BatchNorm of the model an auxiliary twin, in place.
 
     Each BatchNorm1d, 2d, 3d and SyncBatchNorm becomes its dual; the module objects, parameters,
-    buffers and hooks stay the very same, so optimizers and shared modules keep working. `main`
+    buffers and hooks stay the very same, shared modules stay shared. Convert before you build the
+    optimizer: one that is older does not know, and never trains, the parameters of aux. `main`
     keeps its state_dict keys, `aux` adds `<name>.aux.*` and starts as a copy of main. A checkpoint
     without any aux key loads strictly and seeds aux from main.
 
@@ -128,7 +143,7 @@ def _twin(layer: _BatchNorm, momentum: float | None) -> _BatchNorm:
     options: dict[str, Any] = {}
     if isinstance(layer, nn.SyncBatchNorm):
         options["process_group"] = layer.process_group
-    twin = type(layer)(
+    twin = _plain(layer)(
         layer.num_features,
         layer.eps,
         momentum,
@@ -163,7 +178,7 @@ def strip_dual_batchnorm(model: M) -> M:
     for layer in dual.values():
         del layer.aux
         layer.__dict__.pop("branch", None)
-        layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
+        layer.__class__ = _plain(layer)  # type: ignore[assignment]
     _unhook_loading(model)
     return model
 

@@ -62,6 +62,7 @@ def _fused(plan: Callable[P, Plan]) -> Callable[P, Tensor]:
 
     signature = inspect.signature(plan).replace(return_annotation=Tensor)
     loss.__signature__ = signature  # type: ignore[attr-defined]
+    loss.__annotations__ = {**plan.__annotations__, "return": Tensor}
     PLANS[loss] = plan
     return loss
 
@@ -97,8 +98,7 @@ def _common(reduction: str, normalize: bool, backend: str | None) -> str:
     """Checks the keywords that every loss has; the backend to use."""
     if reduction not in check.REDUCTIONS:
         check.word("reduction", reduction, check.REDUCTIONS)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {normalize!r}")
+    check.flag("normalize", normalize)
     return requested(backend)
 
 
@@ -187,7 +187,7 @@ def info_nce_loss(
         reduction: "mean" over all rows, "sum", or "none": (N,), or (N, 2) if symmetric (queries,
             keys).
         normalize: divide each row by its L2 norm first.
-        backend: None, or as in `use_backend`.
+        backend: None, or as in `use_backend` ("paired" is plain PyTorch whatever it says).
 
     Returns:
         The loss, 0-dim, (N,) or (N, 2). A row without negatives has loss 0.
@@ -211,6 +211,7 @@ def info_nce_loss(
     check.embeddings("query", query, "positive_key", positive_key)
     check.positive_scalar("temperature", temperature, query)
     check.word("negative_mode", negative_mode, NEGATIVE_MODES)
+    check.flag("symmetric", symmetric)
     backend = _common(reduction, normalize, backend)
     scale = _scale(temperature)
     if negative_keys is None:
@@ -218,8 +219,8 @@ def info_nce_loss(
             raise ValueError('negative_mode="paired" needs negative_keys (N, M, D), got None')
     elif symmetric:
         raise ValueError(
-            "symmetric=True contrasts within the batch: negative_keys must be None, got shape "
-            f"{tuple(negative_keys.shape)}"
+            "symmetric=True contrasts within the batch: negative_keys must be None, got "
+            f"{type(negative_keys).__name__}"
         )
     elif negative_mode == "unpaired":
         check.embeddings("query", query, "negative_keys", negative_keys, same_rows=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import validation as check
 from .functional import PLANS, Plan, add_bias
-from .losses import ContrastiveLoss
+from .losses import FORWARDS, ContrastiveLoss
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -42,8 +42,7 @@ def value_and_grad(
         >>> loss, (dz_i, dz_j) = value_and_grad(nt_xent_loss)(z_i, z_j)
         >>> loss, (_, dz_j) = value_and_grad(NTXentLoss(0.1), argnums=1)(z_i, z_j)
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    check.function("loss_fn", loss_fn)
     chosen = _argnums(argnums)
 
     @functools.wraps(loss_fn, updated=())
@@ -70,7 +69,9 @@ def value_and_grad(
 def _argnums(argnums: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if argnums is None:
         return None
-    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    chosen: tuple[Any, ...] = (argnums,)
+    if isinstance(argnums, Sequence):
+        chosen = tuple(argnums)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
         raise TypeError(f"argnums must be an int, a sequence of ints or None, got {argnums!r}")
     return chosen
@@ -80,6 +81,11 @@ def _needed(chosen: tuple[int, ...] | None, inputs: tuple[Any, ...]) -> list[boo
     """Per positional input: is its gradient asked for?"""
     floating = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
     if chosen is None:
+        if not any(floating):
+            raise ValueError(
+                "inputs must hold a floating-point tensor among the positional ones (gradients are "
+                f"of positional inputs), got {[type(x).__name__ for x in inputs]}"
+            )
         return floating
     need = [False] * len(inputs)
     for i in chosen:
@@ -99,7 +105,7 @@ def _plan(loss_fn: Callable[..., Tensor], inputs: list[Any], kwargs: dict[str, A
         return _plan(loss_fn.func, inputs, {**loss_fn.keywords, **kwargs})
     if isinstance(loss_fn, ContrastiveLoss):
         # A subclass with its own forward, or a hook, is not ours to bypass.
-        ours = type(loss_fn).forward is ContrastiveLoss.forward
+        ours = type(loss_fn).forward in FORWARDS
         if not ours or kwargs or _has_hooks(loss_fn):
             return None
         return _plan(type(loss_fn).function, inputs, loss_fn.keywords())

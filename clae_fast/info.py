@@ -65,8 +65,15 @@ def _devices() -> dict[str, str]:
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}{isa}",
         "cuda devices": cuda,
-        "backend": requested(None),
+        "backend": _backend(),
     }
+
+
+def _backend() -> str:
+    try:
+        return requested(None)
+    except ValueError as error:
+        return f"wrong: {error}"
 
 
 def _build() -> dict[str, str]:

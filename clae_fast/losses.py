@@ -19,6 +19,7 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, reduction: str, normalize: bool, backend: str | None) -> None:
         super().__init__()
         check.word("reduction", reduction, check.REDUCTIONS)
+        check.flag("normalize", normalize)
         requested(backend)
         self.reduction = reduction
         self.normalize = normalize
@@ -27,9 +28,6 @@ class ContrastiveLoss(nn.Module):
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments for `function`."""
         return {name: getattr(self, name) for name in self.options}
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return type(self).function(*inputs, **self.keywords())
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.keywords().items() if v is not None)
@@ -75,6 +73,9 @@ class NTXentLoss(ContrastiveLoss):
         super().__init__(reduction, normalize, backend)
         self._set_temperature(temperature)
 
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        return type(self).function(z_i, z_j, **self.keywords())
+
 
 class InfoNCELoss(ContrastiveLoss):
     """`info_nce_loss` as a module: `InfoNCELoss(temperature)(query, key[, negative_keys])`.
@@ -103,9 +104,15 @@ class InfoNCELoss(ContrastiveLoss):
     ) -> None:
         super().__init__(reduction, normalize, backend)
         check.word("negative_mode", negative_mode, functional.NEGATIVE_MODES)
+        check.flag("symmetric", symmetric)
         self._set_temperature(temperature)
         self.negative_mode = negative_mode
         self.symmetric = symmetric
+
+    def forward(
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None
+    ) -> Tensor:
+        return type(self).function(query, positive_key, negative_keys, **self.keywords())
 
 
 class UELLoss(ContrastiveLoss):
@@ -137,6 +144,9 @@ class UELLoss(ContrastiveLoss):
         self._set_temperature(temperature)
         self.negative_weight = negative_weight
 
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        return type(self).function(z_i, z_j, **self.keywords())
+
 
 class ClipLoss(ContrastiveLoss):
     """`clip_loss` as a module: `ClipLoss()(image_features, text_features, logit_scale[, bias])`.
@@ -156,3 +166,18 @@ class ClipLoss(ContrastiveLoss):
         self, *, reduction: str = "mean", normalize: bool = False, backend: str | None = None
     ) -> None:
         super().__init__(reduction, normalize, backend)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        return type(self).function(
+            image_features, text_features, logit_scale, logit_bias, **self.keywords()
+        )
+
+
+FORWARDS = frozenset(cls.forward for cls in (NTXentLoss, InfoNCELoss, UELLoss, ClipLoss))
+"""What `value_and_grad` may replace by the fused call: a subclass's own forward is not here."""

@@ -96,8 +96,9 @@ def clae_step(
     check.word("attack", attack, ATTACKS)
     if loss is None:
         loss = NTXentLoss(0.5)
-    elif not callable(loss):
-        raise TypeError(f"loss must be callable, got {type(loss).__name__}")
+    check.function("loss", loss)
+    if getattr(loss, "reduction", None) == "none":
+        raise ValueError('loss must return a scalar, got one with reduction="none"')
 
     if attack == "exact":
         grad = _attack_gradient(_inner(encoder), x_i, loss)
@@ -115,6 +116,8 @@ def clae_step(
     with batchnorm_branch(encoder, "main"):
         z_j = _encode(encoder, x_j)
     clean_loss = loss(z_i, z_j)
+    if z_i.requires_grad and torch.is_grad_enabled() and not clean_loss.requires_grad:
+        raise ValueError("loss must depend on the embeddings, got one without a gradient")
     with batchnorm_branch(encoder, "aux"):
         z_adv = _encode(encoder, x_adv)
     adversarial_loss = loss(z_i, z_adv)

@@ -84,6 +84,22 @@ def number(name: str, value: Any, at_least: float = -math.inf) -> None:
         raise ValueError(f"{name} must be finite{limit}, got {value}")
 
 
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def function(name: str, value: Any) -> None:
+    """A callable that is no class: `loss=NTXentLoss` for `loss=NTXentLoss()` is a common slip."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a function or an instance, got the class {value.__name__}: "
+            f"call it first, {value.__name__}(...)"
+        )
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
 

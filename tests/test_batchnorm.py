@@ -143,6 +143,19 @@ def test_a_batchnorm_alone_and_shared_layers():
     run(convert_dual_batchnorm(fresh), batch(), "aux")
 
 
+def test_a_dual_layer_made_directly():
+    """As any layer, with its aux; converting, switching and stripping know it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DualBatchNorm2d(4, momentum=0.2, aux_momentum=0.5))
+    assert model[1].momentum == 0.2
+    assert model[1].aux.momentum == 0.5
+    assert convert_dual_batchnorm(model)[1].aux.momentum == 0.5
+    run(model, batch(), "aux")
+    assert model[1].aux.num_batches_tracked == 1
+    assert type(strip_dual_batchnorm(model)[1]) is nn.BatchNorm2d
+    with pytest.raises(TypeError, match="DualBatchNorm has no BatchNorm of a dimension"):
+        DualBatchNorm(4)
+
+
 def test_unknown_subclasses_are_named_and_nothing_is_converted():
     class Special(nn.BatchNorm2d):
         pass

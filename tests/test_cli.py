@@ -59,6 +59,29 @@ def test_wrong_commands(argv, capsys):
     assert "usage: clae-fast" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["gpu", "cuda"])
+def test_a_wrong_environment(value, capsys, monkeypatch, tmp_path):
+    """info still tells what there is; pretrain says it in one line."""
+    monkeypatch.setattr(backends, "_active", value)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("backend ")]
+    assert line.split()[1] == ("wrong:" if value == "gpu" else "cuda")
+    assert main(["pretrain", "--epochs", "1", "--output", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "CLAE_FAST_BACKEND" in err
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clae_fast.info.report", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "clae-fast: interrupted\n"
+
+
 def test_entry_points():
     """The console script and the module, from another folder."""
     script = os.path.join(os.path.dirname(sys.executable), "clae-fast")

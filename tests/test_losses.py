@@ -1,6 +1,7 @@
 """Every loss against its dense float64 formula: values, gradients, reductions, dtypes, sizes."""
 
 import functools
+import inspect
 
 import dense
 import pytest
@@ -382,6 +383,12 @@ def test_modules_equal_functions():
     ]  # fmt: skip
     for module, args, expected in pairs:
         assert torch.equal(module(*args), expected), module
+        names = list(inspect.signature(module.forward).parameters)
+        assert torch.equal(module(**dict(zip(names, args, strict=False))), expected), module
+    assert list(inspect.signature(clae_fast.ClipLoss().forward).parameters)[2:] == [
+        "logit_scale",
+        "logit_bias",
+    ]
 
 
 def test_module_temperatures():

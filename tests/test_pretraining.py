@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from clae_fast import DualBatchNorm
 from clae_fast.pretraining import (
     ConfigError,
     NonFiniteLossError,
@@ -384,6 +385,9 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
         ("eps", -0.01),
         ("alpha", -1.0),
         ("aux_momentum", 1.5),
+        ("aux_momentum", 0),
+        ("clae", "no"),
+        ("lr", 1e38),
         ("seed", -1),
         ("threads", 0),
         ("workers", -1),
@@ -427,3 +431,33 @@ def test_trained_beats_untrained_on_three_seeds(data, capsys):
 def test_default_encoder_is_small():
     assert sum(p.numel() for p in ResidualEncoder().parameters()) < 120_000
     assert isinstance(ResidualEncoder(), nn.Module)
+
+
+def test_wrong_arguments_are_named(data, subset):
+    for arguments, message in (
+        ({"config": "x"}, "config must be a PretrainConfig, got str"),
+        ({"data": "x"}, "data must be a ImageData, got str"),
+        ({"encoder": torch.nn.Flatten()}, "encoder must have a method encode"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            pretrain(**arguments)
+    features, labels = torch.randn(4, 2), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="k: expected a whole number of at least 1, got 0"):
+        weighted_knn(features, labels, features, labels, k=0)
+    with pytest.raises(ValueError, match=r"train_labels: expected torch\.int64"):
+        weighted_knn(features, labels.float(), features, labels)
+
+
+def test_an_encoder_of_the_callers_comes_back_ordinary(subset):
+    encoder = ResidualEncoder()
+    config = PretrainConfig(epochs=2, batch_size=32, lr=1e29, workers=0)
+    with pytest.raises(NonFiniteLossError):
+        pretrain(config, data=subset, encoder=encoder)
+    assert not any(isinstance(m, DualBatchNorm) for m in encoder.modules())
+    assert not encoder.training
+
+
+def test_weights_ruined_by_the_very_last_step(subset):
+    config = PretrainConfig(epochs=1, batch_size=len(subset.train_images), lr=1e29, workers=0)
+    with pytest.raises(NonFiniteLossError, match="lower lr"):
+        pretrain(config, data=subset)

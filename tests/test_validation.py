@@ -146,6 +146,7 @@ PGD = {"step_size": 0.1, "num_steps": 1}
     ("args", "options", "error", "says"),
     [
         ((scalar, [1.0], 0.1), {}, TypeError, "^x must be a torch.Tensor, got list"),
+        ((3, x, 0.1), {}, TypeError, "^loss_fn must be callable, got int"),
         ((scalar, x.long(), 0.1), {}, TypeError, "^x must be float16.*got torch.int64"),
         ((scalar, x, -0.1), {}, ValueError, "^eps must be finite and at least 0, got -0.1"),
         ((scalar, x, float("nan")), {}, ValueError, "^eps must be finite"),
@@ -202,10 +203,12 @@ def test_attacks(attack, args, options, error, says):
         ({"step_size": -1.0}, "^step_size must be finite and at least 0"),
         ({"step_size": torch.ones(7)}, "^step_size must broadcast to x"),
         ({"norm": "l1"}, "^norm must be one of .*got 'l1'"),
+        ({"random_start": "no"}, "^random_start must be True or False, got 'no'"),
+        ({"generator": 3}, "^generator must be a torch.Generator, got int"),
     ],
 )
 def test_pgd(options, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         cf.pgd(scalar, x, 0.1, **{**PGD, **options})
 
 
@@ -236,7 +239,14 @@ views = torch.rand(5, 1, 2, 2), torch.rand(5, 1, 2, 2)
             (encoder, *views),
             {"loss": cf.NTXentLoss(reduction="none")},
             ValueError,
-            "must return a scalar",
+            "^loss must return a scalar",
+        ),
+        ((encoder, *views), {"loss": cf.NTXentLoss}, TypeError, r"^loss .*NTXentLoss\(\.\.\.\)"),
+        (
+            (encoder, *views),
+            {"loss": lambda a, b: torch.tensor(1.0)},
+            ValueError,
+            "^loss must depend on the embeddings",
         ),
         ((Detached(), *views), {}, ValueError, "^encoder's output must depend on its input"),
         ((Detached(), *views), {"attack": "shared"}, ValueError, "must depend on its input"),
@@ -254,6 +264,13 @@ def test_clae_step(args, options, error, says):
     [
         (lambda: cf.value_and_grad(3), TypeError, "^loss_fn must be callable, got int"),
         (lambda: cf.value_and_grad(scalar, "0"), TypeError, "^argnums must be"),
+        (lambda: cf.value_and_grad(scalar, 1.5), TypeError, "^argnums must be"),
+        (lambda: cf.value_and_grad(cf.NTXentLoss), TypeError, "^loss_fn must be .* instance"),
+        (lambda: cf.value_and_grad(cf.nt_xent_loss)(z_i=z, z_j=z), ValueError, "^inputs must hold"),
+        (lambda: cf.NTXentLoss(normalize="x"), TypeError, "^normalize must be True or False"),
+        (lambda: cf.InfoNCELoss(symmetric="no"), TypeError, "^symmetric must be True or False"),
+        (lambda: cf.info_nce_loss(z, z, symmetric="no"), TypeError, "^symmetric must be True or F"),
+        (lambda: cf.info_nce_loss(z, z, [1], symmetric=True), ValueError, "must be None, got list"),
         (lambda: cf.value_and_grad(scalar, 2)(x), ValueError, "^argnums must name .*got 2"),
         (
             lambda: cf.value_and_grad(scalar, 0)(3),

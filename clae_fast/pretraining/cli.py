@@ -200,7 +200,7 @@ def _report(result: PretrainResult, paths: list[Path]) -> None:
     config = result.config
     name = METHOD_NAMES[config.method] + (" with CLAE" if config.clae else "")
     print(
-        f"{name} on {config.data}: {config.epochs} epochs in {result.train_seconds:.0f} s, "
+        f"{name} on {result.data}: {config.epochs} epochs in {result.train_seconds:.0f} s, "
         f"{result.images_per_second:,.0f} images/s\n"
         "\nweighted kNN accuracy (k = 200, test split)\n"
         f"  raw pixels         {result.knn_pixels:6.1%}\n"

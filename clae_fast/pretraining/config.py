@@ -64,6 +64,8 @@ class PretrainConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.clae, bool):
+            raise ConfigError("clae", self.clae, "True or False")
         self._one_of("method", METHODS)
         self._one_of("data", DATA)
         self._one_of("backend", BACKENDS)
@@ -79,9 +81,11 @@ class PretrainConfig:
             self._number("temperature", above=0.0)
         self._number("eps", at_least=0.0)
         self._number("alpha", at_least=0.0)
-        self._number("aux_momentum", at_least=0.0)
+        self._number("aux_momentum", above=0.0)
         if self.aux_momentum > 1:
-            raise ConfigError("aux_momentum", self.aux_momentum, "a number from 0 to 1")
+            raise ConfigError("aux_momentum", self.aux_momentum, "a number above 0, at most 1")
+        if self.lr > 1e30:
+            raise ConfigError("lr", self.lr, "a number of at most 1e30")
 
     @property
     def loss_temperature(self) -> float:

@@ -47,11 +47,13 @@ class Examples:
 class PretrainResult:
     """What a run gives.
 
-    `encoder` is an ordinary model (main BatchNorm) in eval mode. `epoch_losses` are means over
-    the images. `examples` is None without CLAE. The three kNN accuracies are on the test split.
+    `data` is the data set's name. `encoder` is an ordinary model (main BatchNorm) in eval mode.
+    `epoch_losses` are means over the images. `examples` is None without CLAE. The three kNN
+    accuracies are on the test split.
     """
 
     config: PretrainConfig
+    data: str
     encoder: ResidualEncoder
     epoch_losses: tuple[float, ...]
     knn_pixels: float
@@ -74,14 +76,12 @@ def make_loss(config: PretrainConfig) -> nn.Module:
         "uel": UELLoss,
     }
     backend = None if config.backend == "auto" else config.backend
-    loss = kinds[config.method](temperature=config.loss_temperature, backend=backend)
     try:
+        loss = kinds[config.method](temperature=config.loss_temperature, backend=backend)
         loss(torch.eye(4), torch.eye(4))
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        if backend is None:
-            raise
         reason = " ".join(str(error).split())
-        raise ConfigError("backend", backend, f"one that can run here ({reason})") from error
+        raise ConfigError("backend", config.backend, f"one that can run here ({reason})") from error
     return loss
 
 
@@ -123,8 +123,17 @@ def pretrain(
         >>> result = pretrain(PretrainConfig(epochs=2, clae=False))   # doctest: +SKIP
         >>> result.knn_trained > result.knn_untrained                 # doctest: +SKIP
     """
-    config = config or PretrainConfig()
-    data = data or load_data(config.data)
+    config = PretrainConfig() if config is None else config
+    for name, value, kind in (
+        ("config", config, PretrainConfig),
+        ("data", data, ImageData),
+        ("encoder", encoder, nn.Module),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    if encoder is not None and not hasattr(encoder, "encode"):
+        raise TypeError(f"encoder must have a method encode, {type(encoder).__name__} has none")
+    data = load_data(config.data) if data is None else data
     loss = make_loss(config)
     with torch.random.fork_rng(devices=[]), num_threads(config.threads or default_threads(config)):
         torch.manual_seed(config.seed)
@@ -134,15 +143,24 @@ def pretrain(
         knn_untrained = _knn(encoder, data)
         transform = transform or digit_transform(data.train_images.shape[-1])
         views = TwoViews(data.train_images, data.mean, data.std, transform)
-        if config.clae:
-            convert_dual_batchnorm(encoder, momentum=config.aux_momentum)
-        start = time.perf_counter()
-        epoch_losses, normalized = _train(encoder, views, loss, config, progress)
-        seconds = time.perf_counter() - start
-        strip_dual_batchnorm(encoder)
-        encoder.eval()
+        try:
+            if config.clae:
+                convert_dual_batchnorm(encoder, momentum=config.aux_momentum)
+            start = time.perf_counter()
+            epoch_losses, normalized = _train(encoder, views, loss, config, progress)
+            seconds = time.perf_counter() - start
+        finally:  # an encoder of the caller's is an ordinary one again, whatever happened
+            strip_dual_batchnorm(encoder)
+            encoder.eval()
+        try:
+            knn_trained = _knn(encoder, data)
+        except ValueError as error:  # weights so large that the features overflow
+            raise NonFiniteLossError(
+                f"the trained encoder's {error}: {_cause(encoder, config)}"
+            ) from error
         return PretrainResult(
             config=config,
+            data=data.name,
             encoder=encoder,
             epoch_losses=tuple(epoch_losses),
             knn_pixels=weighted_knn(
@@ -152,7 +170,7 @@ def pretrain(
                 data.test_labels,
             ),
             knn_untrained=knn_untrained,
-            knn_trained=_knn(encoder, data),
+            knn_trained=knn_trained,
             train_seconds=seconds,
             images_per_second=config.epochs * len(data.train_images) / seconds,
             examples=_denormalize(normalized, data) if normalized else None,
@@ -226,6 +244,11 @@ def _train(
                 schedule.step()
                 total += value * len(x_i)
                 bar.update(epoch, len(x_i), value)
+            if not all(bool(torch.isfinite(p).all()) for p in encoder.state_dict().values()):
+                raise NonFiniteLossError(
+                    f"the weights or statistics are not finite after epoch {epoch + 1} of "
+                    f"{config.epochs}: {_cause(encoder, config)}"
+                )
             epoch_losses.append(total / num_images)
             bar.end_epoch(epoch, epoch_losses[-1])
     return epoch_losses, examples

@@ -14,7 +14,7 @@ from clae_fast._version import __version__
 from .config import METHOD_NAMES
 from .figures import adversarial_figure
 from .files import atomic_path
-from .loop import PretrainResult
+from .loop import PretrainResult, default_threads
 
 
 def write_result(result: PretrainResult, folder: str | Path) -> list[Path]:
@@ -27,7 +27,11 @@ def write_result(result: PretrainResult, folder: str | Path) -> list[Path]:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = asdict(result.config) | {"temperature": result.config.loss_temperature}
+    config = asdict(result.config) | {
+        "temperature": result.config.loss_temperature,
+        "data": result.data,
+        "threads": result.config.threads or default_threads(result.config),
+    }
     figure, weights_file, metrics_file = (
         folder / name for name in ("adversarial.png", "encoder.safetensors", "metrics.json")
     )
@@ -38,7 +42,7 @@ def write_result(result: PretrainResult, folder: str | Path) -> list[Path]:
         adversarial_figure(
             result.examples,
             figure,
-            title=f"{METHOD_NAMES[c.method]} with CLAE on {c.data}: views and their attack",
+            title=f"{METHOD_NAMES[c.method]} with CLAE on {result.data}: views and their attack",
             subtitle=f"one FGSM step on the contrastive loss, \u03b5 = {c.eps:g} in units of the "
             f"normalised image; epoch {c.epochs} of {c.epochs}, seed {c.seed}",
         )

@@ -80,8 +80,12 @@ def weighted_knn(
                 f"{what}_features and {what}_labels: expected the same length, at least 1, "
                 f"got {len(features)} and {len(labels)}"
             )
+        if labels.dtype != torch.int64:
+            raise ValueError(f"{what}_labels: expected torch.int64, got {labels.dtype}")
         if not torch.isfinite(features).all():
             raise ValueError(f"{what}_features: expected finite numbers, got NaN or Inf")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
     bank = F.normalize(train_features, dim=1)
     num_classes = int(train_labels.max()) + 1
     correct = 0
