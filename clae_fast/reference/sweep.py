@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..numerics import compute_dtype, effective_scale
 
-CHUNK_ELEMENTS = 1 << 22
-"""Similarities held at once (16 MiB in float32)."""
+CHUNK_ELEMENTS = 1 << 23
+"""Similarities held at once: 32 MiB in float32, from where glibc maps each buffer and gives it
+back. Smaller ones come from the heap, which the small results in between fragment."""
 
 
 def softmax_weights(s: Tensor, lse: Tensor) -> Tensor:
