@@ -64,7 +64,8 @@ def fgsm(
         x: float tensor of any shape.
         eps: in units of x, a number of at least 0 or a tensor that broadcasts to x (normalised
             images: eps / std per channel).
-        bounds: None or (low, high), numbers or tensors that broadcast to x; the result lies inside.
+        bounds: None or (low, high), numbers or tensors that broadcast to x; the result lies inside,
+            both read in the dtype of x.
         model: frozen during the attack (see `frozen`), and its buffers are restored.
 
     Returns:
@@ -203,7 +204,11 @@ def _per_sample_norm(x: Tensor) -> Tensor:
 @torch.no_grad()
 def _l2_step(x: Tensor, grad: Tensor, x0: Tensor, step: Size, eps: Size, bounds: Bounds) -> Tensor:
     dtype = compute_dtype(x.dtype)
-    direction = grad.to(dtype) * step
+    grad = grad.to(dtype)
+    largest = grad.abs().flatten(1).amax(1) if grad.numel() else grad.new_zeros(len(grad))
+    largest = largest.reshape(-1, *(1,) * (x.dim() - 1))
+    # Scaled first: the squares of a tiny or huge gradient leave the range.
+    direction = grad / torch.where(largest == 0, 1.0, largest) * step
     norm = _per_sample_norm(direction)
     # No gradient, no step.
     move = direction / torch.where(norm == 0, 1.0, norm) * step
@@ -250,18 +255,22 @@ def _undisturbed(model: nn.Module | None) -> Iterator[None]:
         return
     _module("model", model)
     saved = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        (m, dict(m._buffers), {n: b.clone() for n, b in m._buffers.items() if b is not None})
+        for m in model.modules()
     ]
     try:
         with frozen(model):
             yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in saved:
-                module._buffers[name] = buffer.copy_(value)
+            for module, buffers, values in saved:
+                for name, value in values.items():
+                    buffer = buffers[name]
+                    assert buffer is not None
+                    # an inference tensor cannot be written to: its copy takes its place
+                    buffers[name] = value if buffer.is_inference() else buffer.copy_(value)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 def _module(name: str, model: Any) -> None:

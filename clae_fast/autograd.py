@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .contrast_grad import contrast_grad
 from .numerics import as_given, compute_dtype, effective_scale, full_precision, to_raw, unit_rows
 from .ops import raw
 
@@ -62,14 +63,21 @@ def _scale_grad(
 
 def _records_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd needs a node; raises where it could not be right."""
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    _refuse_transforms()
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _refuse_transforms() -> None:
+    """torch.func.grad would raise obscurely, torch.func.jvp be silently 0; vmap is fine."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    functorch = torch._C._functorch
+    kinds = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    if any(level.key() in kinds for level in functorch.get_interpreter_stack() or ()):
         raise RuntimeError(
-            "torch.func transforms are not supported by the fused losses: use "
+            "derivatives of torch.func are not supported by the fused losses: use "
             'clae_fast.value_and_grad, or backend="reference", which supports them'
         )
-    return True
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -162,7 +170,7 @@ class _Contrast(torch.autograd.Function):
             q, k, negatives, scale_tensor, lse_row, lse_col = saved[:6]
             grads: Sequence[Tensor]
             if o.reduction == "none":
-                grads = reference.contrast_grad(
+                grads = contrast_grad(
                     q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
                     lse_row, lse_col, g, need, functools.partial(raw.pair_grad, backend=o.backend),
                 )  # fmt: skip

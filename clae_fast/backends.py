@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from . import _extension, reference
 
-OPERATORS = tuple(name for name in reference.__all__ if name != "contrast_grad")
+OPERATORS = tuple(reference.__all__)
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 
@@ -129,6 +129,8 @@ def use_backend(backend: str) -> Iterator[None]:
         ...     loss = clae_fast.nt_xent_loss(torch.randn(4, 8), torch.randn(4, 8))
     """
     global _active
+    if not isinstance(backend, str):
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     before = _active
     _active = requested(backend)
     try:

@@ -98,7 +98,8 @@ def convert_dual_batchnorm(model: M, *, momentum: float | None = 0.01) -> M:
 
     Args:
         model: any module; with torch.nn.parallel, convert before wrapping.
-        momentum: of the aux running statistics; main keeps its own. None: cumulative average.
+        momentum: of the aux running statistics; main keeps its own. None: cumulative average. A
+            layer that is dual already keeps the one it has.
 
     Returns:
         The model.
@@ -171,10 +172,19 @@ def strip_dual_batchnorm(model: M) -> M:
 
     Returns:
         The model; its state_dict has no aux keys.
+
+    Raises:
+        TypeError: a dual layer of another class, by name; nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     dual, _ = _layers(model)
+    for name, layer in dual.items():
+        if type(layer) not in _DUAL.values():
+            raise TypeError(
+                f"cannot strip {name or 'the model'!r}: {type(layer).__qualname__} is a dual "
+                "BatchNorm changed by others; undo that first (a parametrization, say)"
+            )
     for layer in dual.values():
         del layer.aux
         layer.__dict__.pop("branch", None)

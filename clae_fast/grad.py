@@ -104,9 +104,7 @@ def _plan(loss_fn: Callable[..., Tensor], inputs: list[Any], kwargs: dict[str, A
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
         return _plan(loss_fn.func, inputs, {**loss_fn.keywords, **kwargs})
     if isinstance(loss_fn, ContrastiveLoss):
-        # A subclass with its own forward, or a hook, is not ours to bypass.
-        ours = type(loss_fn).forward in FORWARDS
-        if not ours or kwargs or _has_hooks(loss_fn):
+        if not _is_plain(loss_fn) or kwargs:
             return None
         return _plan(type(loss_fn).function, inputs, loss_fn.keywords())
     # By identity of a plain function: a wrapper around a loss is another loss.
@@ -114,9 +112,16 @@ def _plan(loss_fn: Callable[..., Tensor], inputs: list[Any], kwargs: dict[str, A
     return None if plan is None else plan(*inputs, **kwargs)
 
 
+def _is_plain(module: ContrastiveLoss) -> bool:
+    """Calling it is calling our forward: no other forward, no other call, no hooks."""
+    ours = type(module).forward in FORWARDS and "forward" not in vars(module)
+    return ours and type(module).__call__ is nn.Module.__call__ and not _has_hooks(module)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
+        torch.nn.modules.module._has_any_global_hook()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -140,10 +145,13 @@ def _by_autograd(
             raise _not_scalar(f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else loss)
         wanted = [x for x, n in zip(leaves, need, strict=True) if n]
         if loss.requires_grad and wanted:
-            grads = iter(torch.autograd.grad(loss, wanted, materialize_grads=True))
-        else:  # a loss that depends on none of them
-            grads = iter([torch.zeros_like(x) for x in wanted])
-    return loss.detach(), tuple(next(grads) if n else None for n in need)
+            # Not autograd.grad: it raises under FlopCounterMode. The leaves are private.
+            torch.autograd.backward(loss, inputs=wanted)
+    grads = (None if not n else x.grad for x, n in zip(leaves, need, strict=True))
+    return loss.detach(), tuple(
+        torch.zeros_like(x) if n and g is None else g
+        for x, n, g in zip(leaves, need, grads, strict=True)
+    )
 
 
 def leaf(x: Tensor) -> Tensor:

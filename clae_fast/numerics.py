@@ -47,7 +47,7 @@ class Unit(NamedTuple):
 
     z: Tensor  # (N, D)
     inverse_norm: Tensor  # (N, 1): 0 for a zero row
-    on_sphere: Tensor  # (N, 1) bool: False where the norm is below 1e-12
+    on_sphere: Tensor  # (N, 1) bool: False where the norm is below 1e-12, or overflows
 
 
 def unit_rows(x: Tensor) -> Unit:
@@ -57,7 +57,7 @@ def unit_rows(x: Tensor) -> Unit:
     zero = squares == 0
     norm = torch.where(zero, 1.0, squares).sqrt()  # sqrt has no slope at 0
     inverse = torch.where(zero, 0.0, 1 / norm.clamp_min(1e-12))
-    return Unit(x * inverse, inverse, (norm > 1e-12) & ~zero)
+    return Unit(x * inverse, inverse, (norm > 1e-12) & ~zero & norm.isfinite())
 
 
 def as_given(x: Tensor) -> Unit:

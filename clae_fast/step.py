@@ -148,7 +148,7 @@ def _backward_to_input(
     anchor = z.detach()
     _, (_, dz) = value_and_grad(loss, argnums=1)(anchor, anchor)
     assert dz is not None
-    half = z.dtype in (torch.float16, torch.bfloat16)
+    half = any(v.dtype in (torch.float16, torch.bfloat16) for v in (x, z))
     if half or torch.is_autocast_enabled(z.device.type):
         # Only signs matter: a largest entry near 1 keeps small ones from becoming 0.
         dz = dz.float()

@@ -186,6 +186,52 @@ def test_l2():
     )
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e20, 1e30])
+def test_l2_of_extreme_gradients(size):
+    """Their squares leave float32's range; the step has its length all the same."""
+    x = images()
+    out = pgd(lambda v: (v * size).sum(), x, 1.0, step_size=0.5, num_steps=1, norm="l2")
+    moved = (out - x).flatten(1)
+    torch.testing.assert_close(moved.norm(dim=1), torch.full((4,), 0.5), rtol=1e-5, atol=0)
+
+
+def test_buffers_that_the_forward_replaces_or_makes():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("last", None)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.last = x.detach().mean()
+            self.count = self.count + 1
+            self.register_buffer("new", torch.ones(()))
+            return x.sum()
+
+    model = Counting()
+    count = model.count
+    fgsm(model, images(), 0.1, model=model)
+    assert model.last is None
+    assert model.count is count
+    assert count == 0
+    assert list(model._buffers) == ["last", "count"]
+    with torch.inference_mode():
+        model.count = torch.full((), 3.0)
+    fgsm(lambda v: v.sum(), images(), 0.1, model=model)
+    assert model.count == 3
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3])
+def test_one_element_tensors(value):
+    """As numbers, in the C++ kernel too."""
+    x = images()
+    size, low, high = torch.tensor([value]), torch.tensor(0.2), torch.full((1, 1, 1, 1), 0.8)
+    expected = fgsm(loss_fn, x, value, bounds=(0.2, 0.8))
+    for backend in ("cpp", "reference"):
+        with use_backend(backend):
+            assert torch.equal(fgsm(loss_fn, x, size, bounds=(low, high)), expected)
+
+
 def test_l2_in_the_pixels_units():
     """Per-channel sizes eps / std give what attacking the unnormalised images gives."""
     x = images(torch.float64)

@@ -91,6 +91,8 @@ def test_functorch_is_refused_and_works_on_the_reference():
     for loss in (nt_xent_loss, uel_loss):
         with pytest.raises(RuntimeError, match=r"torch\.func.*backend=\"reference\""):
             torch.func.grad(lambda x, loss=loss: loss(x, y))(x)
+        with pytest.raises(RuntimeError, match=r"torch\.func.*backend=\"reference\""):
+            torch.func.jvp(lambda x, loss=loss: loss(x, y), (x,), (torch.ones_like(x),))
         got = torch.func.grad(lambda x, loss=loss: loss(x, y, backend="reference"))(x)
         leaf = x.clone().requires_grad_()
         torch.testing.assert_close(got, torch.autograd.grad(loss(leaf, y), leaf)[0])
@@ -147,6 +149,12 @@ def test_compile_follows_use_backend():
         fn(x, y)
     with use_backend("reference"):
         torch.testing.assert_close(fn(x, y), nt_xent_loss(x, y))
+
+
+def test_vmap():
+    x, y = torch.randn(3, 6, 4), torch.randn(3, 6, 4)
+    expected = torch.stack([nt_xent_loss(a, b) for a, b in zip(x, y, strict=True)])
+    torch.testing.assert_close(torch.vmap(nt_xent_loss)(x, y), expected)
 
 
 def test_no_graph_where_none_is_needed():

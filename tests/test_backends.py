@@ -87,6 +87,11 @@ def test_use_backend_nests_and_comes_back():
     assert backends.requested(None) == "auto"
 
 
+def test_use_backend_needs_a_word():
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*got None"):
+        use_backend(None).__enter__()
+
+
 def test_argument_wins_over_context():
     x = torch.randn(4, 3)
     with use_backend("cuda"):

@@ -174,6 +174,24 @@ def test_wrong_momentum(momentum):
         convert_dual_batchnorm(net(), momentum=momentum)
 
 
+def test_converting_in_eval_mode():
+    model = convert_dual_batchnorm(net().eval())
+    before = model[1].aux.running_mean.clone()
+    run(model, batch(), "aux")
+    assert torch.equal(model[1].aux.running_mean, before)
+    assert not model[1].aux.training
+
+
+def test_a_changed_dual_layer_is_not_stripped():
+    model = convert_dual_batchnorm(net())
+    nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Identity())
+    with pytest.raises(TypeError, match="cannot strip '1': Parametrized"):
+        strip_dual_batchnorm(model)
+    run(model, batch(), "aux")
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert type(strip_dual_batchnorm(model)[1]) is nn.BatchNorm2d
+
+
 def test_wrong_models_and_branches():
     model = convert_dual_batchnorm(net())
     with pytest.raises(ValueError, match="branch must be one of .*got 'adv'"):
@@ -305,6 +323,8 @@ def test_activation_checkpointing_remembers_the_branch():
         out = clae_step(model, x_i, x_j)
         with batchnorm_branch(model, "aux"):  # whatever the branch is now
             out.loss.backward()
+            dual = [m for m in model.modules() if isinstance(m, DualBatchNorm)]
+            assert all(m.branch == "aux" for m in dual)
         assert torch.equal(out.x_adv, expected.x_adv)
         assert torch.equal(out.loss, expected.loss)
         for a, p in zip(grads, model.parameters(), strict=True):

@@ -23,11 +23,15 @@ def worker(rank, folder, attack):
     torch.manual_seed(0)
     net = published.small_encoder()
     model = DistributedDataParallel(net, find_unused_parameters=False, broadcast_buffers=False)
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
     x_i, x_j = views()
     for _ in range(2):  # the second step fails if the first left the reducer waiting
         model.zero_grad()
         out = clae_step(model, x_i[rank], x_j[rank], attack=attack)
         out.loss.backward()
+    # The attack runs on the inner module: DDP would wait for weight gradients.
+    assert len(forwards) == 6
     torch.save([out.x_adv, [p.grad for p in net.parameters()]], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

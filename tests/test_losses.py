@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import subprocess
+import sys
 
 import dense
 import pytest
@@ -211,6 +213,32 @@ def test_zero_vector(name, backend):
         assert error(out[~zero], g[~zero]) < 1e-11
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("length", [1e-14, 1e20])
+def test_extreme_lengths(length, backend):
+    """As F.normalize: divided by 1e-12 if shorter, 0 where the square leaves the range."""
+    xs = [torch.randn(5, 4), torch.randn(5, 4)]
+    for x in xs:
+        x[1] *= length
+    leaves = [x.clone().requires_grad_() for x in xs]
+    plain = [x.clone().requires_grad_() for x in xs]
+    loss, ref = nt_xent_loss(*leaves, backend=backend), dense.nt_xent(*plain, 2.0).mean()
+    assert error(loss, ref) < 2e-6
+    for out, g in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(ref, plain), strict=True
+    ):
+        rows = [0, 2, 3, 4] if length > 1 else [0, 1, 2, 3, 4]
+        assert error(out[rows], g[rows]) < 2e-5
+        assert out.isfinite().all()
+
+
+def test_inf_hidden_behind_minus_inf():
+    """UEL: its own row's loss would be 0 and it would vanish from the others' sums."""
+    z = torch.tensor([[torch.inf, 1.0], [-1, 1], [1, 1], [-1, 1]])
+    for backend in (None, "reference"):
+        assert not uel_loss(z[:2], z[2:], normalize=False, backend=backend).isfinite()
+
+
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "queue", "symmetric", "clip", "uel"])
 @pytest.mark.parametrize("tau", [0.5, 0.02])
 @pytest.mark.parametrize("noise", [1e-3, 0.1])
@@ -345,7 +373,31 @@ def test_same_bits_twice(name):
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-def test_memory_stays_linear():
+MEMORY = """
+import resource, sys, torch
+from clae_fast import nt_xent_loss, uel_loss
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+z = torch.randn(8192, 16, requires_grad=True)
+nt_xent_loss(z[:64], z[:64].detach()).backward()
+before = peak()
+backend = None if sys.argv[1] == "auto" else sys.argv[1]
+nt_xent_loss(z, z.detach(), backend=backend).backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_process_memory(backend):
+    """16,384 rows, whose float32 matrix takes 1 GiB (autograd would keep several): well below."""
+    command = [sys.executable, "-c", MEMORY, backend]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(out) < (500 if backend == "auto" else 900), f"{out} MiB"
+
+
+def test_no_large_tensor():
     """No N x N: a batch whose similarity matrix would take 1 GiB stays far below it."""
     B = 8192
     z = torch.randn(B, 8)

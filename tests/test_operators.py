@@ -85,6 +85,14 @@ def test_nothing_allowed():
     assert (raw.pair_lse(q, k[:0], 1.0) == -math.inf).all()
 
 
+def test_unknown_words():
+    q = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="skip must be 'none'.*got 'self'"):
+        raw.pair_lse(q, q, 1.0, skip="self")
+    with pytest.raises(ValueError, match="form must be 'nt_xent'.*got 'clip'"):
+        raw.contrast(q, q, None, 1.0, form="clip")
+
+
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_scale_by_pointer(reciprocal):
     q, k, _, mask = case("none")

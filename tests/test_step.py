@@ -74,6 +74,34 @@ def test_plain_counts_each_view_once():
     assert all(v == 3 for k, v in net.state_dict().items() if k.endswith("aux.num_batches_tracked"))
 
 
+def test_a_shared_batchnorm_is_replayed_too():
+    """Two updates in one forward, two forwards."""
+    bn = nn.BatchNorm2d(3)
+    base = nn.Sequential(bn, nn.Conv2d(3, 3, 3), bn, nn.Flatten(), nn.Linear(108, 4))
+    ours = convert_dual_batchnorm(base, momentum=0.3)
+    theirs = copy.deepcopy(ours)
+    x_i, x_j = views()
+    clae_step(ours, x_i, x_j)
+    published.step(theirs, x_i, x_j, nt_xent_loss)
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-5, atol=1e-6)
+
+
+def test_the_attack_sees_a_frozen_encoder():
+    """Or a compiled one would compute every weight gradient after all."""
+
+    class Watching(nn.Linear):
+        seen = ()
+
+        def forward(self, x):
+            self.seen = (*self.seen, self.weight.requires_grad)
+            return super().forward(x.flatten(1))
+
+    encoder = Watching(192, 4)
+    clae_step(encoder, *views())
+    assert encoder.seen == (False, True, True, True)
+
+
 def test_cumulative_average_is_replayed_too():
     """momentum=None: running statistics are the mean over all batches so far."""
     base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
@@ -272,6 +300,23 @@ def test_any_loss():
     x_i, x_j = views()
     out = clae_step(net, x_i, x_j, loss=lambda a, b: nt_xent_loss(a, b))
     assert torch.equal(out.x_adv, clae_step(twin, x_i, x_j, loss=nt_xent_loss).x_adv)
+
+
+def test_half_precision_images_into_a_float_encoder():
+    """The gradient is rounded to float16 where it reaches the image."""
+
+    class Floating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(192, 16)
+            self.layer.weight.data.mul_(1e-4)
+
+        def forward(self, x):
+            return self.layer(x.float().flatten(1))
+
+    x_i, x_j = (v.half() for v in views(64))
+    out = clae_step(Floating(), x_i, x_j, eps=0.1)
+    assert (out.x_adv != x_i).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

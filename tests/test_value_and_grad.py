@@ -96,7 +96,27 @@ def test_other_callables_go_through_autograd():
     def half(*inputs, **options):
         return 0.5 * cf.nt_xent_loss(*inputs, **options)
 
+    class Called(cf.NTXentLoss):
+        def __call__(self, *inputs):
+            return 5 * super().__call__(*inputs)
+
+    patched = cf.NTXentLoss()
+    patched.forward = lambda a, b: 7 * base_loss(a, b)
     base, (dx, _) = by_autograd(cf.nt_xent_loss, x, y)
+    for fn, factor in ((Called(), 5), (patched, 7)):
+        loss, (g, _) = value_and_grad(fn)(x, y)
+        torch.testing.assert_close(loss, factor * base)
+        torch.testing.assert_close(g, factor * dx)
+    backward_hooked = cf.NTXentLoss()
+    backward_hooked.register_full_backward_hook(lambda m, gi, go: tuple(2 * g for g in gi))
+    _, (g, _) = value_and_grad(backward_hooked)(x, y)
+    torch.testing.assert_close(g, 2 * dx)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, out: 4 * out)
+    try:
+        loss, _ = value_and_grad(cf.NTXentLoss())(x, y)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(loss, 4 * base)
     for fn, factor in ((Twice(), 2), (hooked, 3), (half, 0.5), (lambda a, b: -base_loss(a, b), -1)):
         loss, (g, _) = value_and_grad(fn)(x, y)
         torch.testing.assert_close(loss, factor * base)

@@ -6,14 +6,14 @@ Notation: `N` rows `q`, `M` columns `k`, width `D`; `s_ij = t <q_i, k_j>` with t
     skip="none"       nothing
     skip="diagonal"   column i + offset
     skip="twins"      columns r and (r + M/2) mod M with r = i + offset: itself and its positive
-                      in a batch of two stacked views
+                      in a batch of two stacked views; all M columns are there, rows may be a part
     row_ids, col_ids  columns with the row's id, whatever `skip` says
 
 Everything is differentiable as often as one likes. float16 and bfloat16 are computed in float32.
 No N x M matrix is kept: rows go in chunks, which autograd recomputes.
 """
 
-from .contrast import contrast, contrast_grad
+from .contrast import contrast
 from .pair_grad import pair_grad
 from .pair_lse import pair_lse
 from .pair_mean import pair_mean
@@ -23,7 +23,6 @@ from .sign_step import sign_step
 
 __all__ = [
     "contrast",
-    "contrast_grad",
     "pair_grad",
     "pair_lse",
     "pair_mean",

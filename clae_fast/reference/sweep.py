@@ -40,6 +40,8 @@ class Skip(NamedTuple):
 
     def mask(self, start: int, stop: int, columns: int, device: torch.device) -> Tensor | None:
         """(stop - start, columns), True where a pair is left out; None: nowhere."""
+        if self.rule not in ("none", "diagonal", "twins"):
+            raise ValueError(f"skip must be 'none', 'diagonal' or 'twins', got {self.rule!r}")
         mask: Tensor | None = None
         if self.rule != "none":
             row = torch.arange(start + self.offset, stop + self.offset, device=device)[:, None]
