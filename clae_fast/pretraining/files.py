@@ -26,6 +26,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, on the disk before it has that name."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def unwritable_reason(folder: Path) -> str | None:
     """Why files cannot be made in `folder` (which need not exist yet), or None.
 

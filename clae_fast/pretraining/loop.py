@@ -1,123 +1,77 @@
-"""The training loop: views, CLAE step, optimiser, kNN before and after."""
+"""The training loop: views, steps, optimiser, kNN before and after, checkpoints between."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from clae_fast import (
-    InfoNCELoss,
-    NTXentLoss,
-    UELLoss,
-    clae_step,
-    convert_dual_batchnorm,
-    strip_dual_batchnorm,
-)
+from clae_fast import convert_dual_batchnorm, strip_dual_batchnorm
 
-from .augmentation import Transform, TwoViews, digit_transform, view_loader
+from .augmentation import Transform, build_transform, normalization, view_size
+from .checkpoint import (
+    CheckpointError,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .config import ConfigError, PretrainConfig
 from .data import ImageData, load_data
-from .encoders import ResidualEncoder
+from .encoders import ContrastiveModel, build_encoder
+from .interrupts import Interrupted, deferred_interrupts
+from .machine import choose_device, default_threads, num_threads
+from .metrics import Metrics
+from .monitor import LossMonitor, NonFiniteLossError, cause
+from .optim import build_optimizer, learning_rate_factor, set_learning_rate
 from .probe import encode_images, pixel_features, weighted_knn
 from .progress import open_progress
+from .result import Examples, PretrainResult
+from .runs import start_run
+from .training_step import TrainingStep, make_loss
+from .views import EpochBatches, TwoViews, view_loader
 
 NUM_EXAMPLES = 10  # images kept for the figure
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or Inf: at which step and epoch, and the likely cause."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A few images of the last epoch's first step, each (n, C, H, W), pixels scaled to [0, 1]."""
-
-    x_i: torch.Tensor
-    x_j: torch.Tensor
-    x_adv: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """What a run gives.
-
-    `data` is the data set's name. `encoder` is an ordinary model (main BatchNorm) in eval mode.
-    `epoch_losses` are means over the images. `examples` is None without CLAE. The three kNN
-    accuracies are on the test split.
-    """
-
-    config: PretrainConfig
-    data: str
-    encoder: ResidualEncoder
-    epoch_losses: tuple[float, ...]
-    knn_pixels: float
-    knn_untrained: float
-    knn_trained: float
-    train_seconds: float
-    images_per_second: float
-    examples: Examples | None
-
-
-def make_loss(config: PretrainConfig) -> nn.Module:
-    """The loss of the method, tried once so that a backend that cannot run is named at the start.
-
-    Raises:
-        ConfigError: the backend cannot run the loss here.
-    """
-    kinds: dict[str, type[nn.Module]] = {
-        "simclr": NTXentLoss,
-        "plain": InfoNCELoss,
-        "uel": UELLoss,
-    }
-    backend = None if config.backend == "auto" else config.backend
-    try:
-        loss = kinds[config.method](temperature=config.loss_temperature, backend=backend)
-        loss(torch.eye(4), torch.eye(4))
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("backend", config.backend, f"one that can run here ({reason})") from error
-    return loss
-
-
-def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Linear warm-up over the first tenth of the steps, then the half cosine to 0."""
-    warm_up = max(1, num_steps // 10)
-    return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+STATE_VERSION = 1
 
 
 def pretrain(
     config: PretrainConfig | None = None,
     *,
     data: ImageData | None = None,
-    encoder: ResidualEncoder | None = None,
+    encoder: ContrastiveModel | None = None,
     transform: Transform | None = None,
     progress: bool = False,
+    folder: str | Path | None = None,
+    resume: bool = False,
 ) -> PretrainResult:
     """Train an encoder by contrast, with or without CLAE, and evaluate it by weighted kNN.
 
         loss = L(f(x_i), f(x_j)) + alpha * L(f(x_i), f_aux(x_adv))    without CLAE the first term
 
-    The global random state is left alone, and one seed gives one result on one machine with
-    one number of threads.
+    The global random state is left alone. One seed gives one result on one machine with one
+    number of threads; weights, order and views are the same with and without CLAE.
 
     Args:
         config: the settings; None takes the defaults.
         data: images to use instead of `config.data`.
-        encoder: a model with `encode` and `forward` to train in place; None makes the default
-            ResidualEncoder from the seed.
-        transform: one image (C, H, W) in [0, 1] to one view; None takes `digit_transform`.
+        encoder: a model with `encode` and `forward` to train in place; None makes the one that
+            the settings name from the seed.
+        transform: one image (C, H, W) in [0, 1] to one view; None takes that of the settings.
         progress: show loss, images/s and time left on stderr.
+        folder: where metrics.jsonl and checkpoints go while training; None keeps neither. Ctrl-C
+            and SIGTERM then wait for the step to end and write a checkpoint.
+        resume: go on from the folder's last checkpoint, to the same numbers as without the break.
 
     Raises:
-        ConfigError: the backend asked for cannot run here.
+        ConfigError: a setting that cannot work here, naming it.
+        CheckpointError: the checkpoint cannot be read.
         ImportError: the data set's package is missing.
-        NonFiniteLossError: the loss became NaN or Inf.
+        NonFiniteLossError: the loss became NaN or Inf; the last checkpoint stays.
+        Interrupted: a KeyboardInterrupt, after the checkpoint was written.
 
     Example:
         >>> result = pretrain(PretrainConfig(epochs=2, clae=False))   # doctest: +SKIP
@@ -133,146 +87,307 @@ def pretrain(
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     if encoder is not None and not hasattr(encoder, "encode"):
         raise TypeError(f"encoder must have a method encode, {type(encoder).__name__} has none")
-    data = load_data(config.data) if data is None else data
-    loss = make_loss(config)
-    with torch.random.fork_rng(devices=[]), num_threads(config.threads or default_threads(config)):
+    if resume and folder is None:
+        raise ConfigError("resume", True, "a folder to resume from")
+    if data is None:
+        data = load_data(
+            config.data, config.data_dir, download=config.download, memory_gib=config.memory_gib
+        )
+    device = choose_device(config)
+    make_loss(config, device)
+    cuda = [device] if device.type == "cuda" else []
+    threads = config.threads or default_threads(config)
+    with torch.random.fork_rng(devices=cuda), num_threads(threads):
+        run = _Run(config, data, encoder, transform, device)
+        return run.go(None if folder is None else Path(folder), resume, progress)
+
+
+class _Run:
+    """One run and its state: what a checkpoint holds is what `state` returns."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: ImageData,
+        encoder: ContrastiveModel | None,
+        transform: Transform | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.mean, self.std = normalization(config, data)
+        self.size = view_size(config, data)
+        self.channels = len(data.mean)
         torch.manual_seed(config.seed)
-        encoder = encoder or ResidualEncoder(data.train_images.shape[1])
-        # The layout that the CPU's convolutions are fastest in.
-        encoder.to(memory_format=torch.channels_last)
-        knn_untrained = _knn(encoder, data)
-        transform = transform or digit_transform(data.train_images.shape[-1])
-        views = TwoViews(data.train_images, data.mean, data.std, transform)
+        self.encoder = encoder or build_encoder(config, self.channels, self.size)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.encoder.to(device).to(memory_format=layout)
+        views = TwoViews(
+            data.train_images, self.mean, self.std, transform or build_transform(config, self.size)
+        )
+        self.batches = EpochBatches(
+            len(data.train_images), config.batch_size, config.seed, config.drop_last
+        )
+        pin = device.type == "cuda"
+        self.loader = view_loader(views, self.batches, config.workers, pin_memory=pin)
+        self.epoch = self.step = 0  # the step to do next, of the epoch
+        self.epoch_losses: list[float] = []
+        self.knn_history: list[tuple[int, float]] = []
+        self.knn_untrained: float | None = None
+        self.seconds, self.images = 0.0, 0
+        self.examples: tuple[torch.Tensor, ...] | None = None
+
+    def go(self, folder: Path | None, resume: bool, progress: bool) -> PretrainResult:
+        config, encoder = self.config, self.encoder
+        saved = self._saved(folder) if resume and folder is not None else None
+        if saved is None:
+            self.knn_untrained = self._knn()
         try:
             if config.clae:
                 convert_dual_batchnorm(encoder, momentum=config.aux_momentum)
-            start = time.perf_counter()
-            epoch_losses, normalized = _train(encoder, views, loss, config, progress)
-            seconds = time.perf_counter() - start
+            encoder.train()
+            self._prepare(saved)
+            if folder is not None and saved is None:
+                start_run(folder, config)
+            length = 0 if saved is None else int(saved[1]["metrics_length"])
+            with (
+                Metrics(
+                    folder,
+                    length,
+                    tensorboard=config.tensorboard,
+                    first_step=self._global_step(),
+                ) as self.metrics,
+                deferred_interrupts(folder is not None) as interrupted,
+            ):
+                self._train(folder, progress, interrupted)
+        except NonFiniteLossError as error:
+            found = [] if folder is None else checkpoints(folder)
+            if not found:
+                raise
+            raise NonFiniteLossError(f"{error}; the last good checkpoint: {found[-1]}") from error
         finally:  # an encoder of the caller's is an ordinary one again, whatever happened
             strip_dual_batchnorm(encoder)
             encoder.eval()
+        return self._result()
+
+    def _prepare(self, saved: tuple[dict[str, torch.Tensor], dict[str, Any]] | None) -> None:
+        config = self.config
+        image = torch.Size((self.channels, self.size, self.size))
+        self.training_step = TrainingStep(
+            config,
+            self.encoder,
+            make_loss(config, self.device),
+            self.mean,
+            self.std,
+            image,
+            self.device,
+        )
+        self.optimizer = build_optimizer(config, self.encoder.parameters())
+        every = 1 if self.device.type == "cpu" else config.log_every
+        self.monitor = LossMonitor(config, self.encoder, every)
+        if saved is None:
+            return
+        weights, state = saved
+        self.encoder.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.training_step.scaler.load_state_dict(state["scaler"])
+        for name in ("epoch", "step", "epoch_losses", "seconds", "images", "knn_untrained"):
+            setattr(self, name, state[name])
+        self.knn_history = [(int(e), float(a)) for e, a in state["knn_history"]]
+        self.examples = None if state["examples"] is None else tuple(state["examples"])
+        self.monitor.total, self.monitor.images = state["loss_total"], state["loss_images"]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _saved(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The last checkpoint, or None for a run that was stopped before its first."""
+        found = checkpoints(folder)
+        if not found:
+            return None
+        weights, state = load_checkpoint(found[-1])
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(f"{found[-1]} is of another version of clae_fast")
+        if state["num_images"] != len(self.data.train_images):
+            raise CheckpointError(
+                f"{found[-1]} was made with {state['num_images']} training images, there are "
+                f"{len(self.data.train_images)} now"
+            )
+        return weights, state
+
+    def _state(self) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "data": self.data.name,
+            "in_channels": self.channels,
+            "image_size": self.size,
+            "mean": self.mean,
+            "std": self.std,
+            "num_images": len(self.data.train_images),
+            "epoch": self.epoch,
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.training_step.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "loss_total": self.monitor.total,
+            "loss_images": self.monitor.images,
+            "epoch_losses": self.epoch_losses,
+            "knn_history": self.knn_history,
+            "knn_untrained": self.knn_untrained,
+            "seconds": self.seconds,
+            "images": self.images,
+            "metrics_length": self.metrics.length,
+            "examples": self.examples,
+        }
+
+    def _global_step(self) -> int:
+        return self.epoch * len(self.batches) + self.step
+
+    def _save(self, folder: Path) -> Path:
+        return save_checkpoint(
+            folder, self.encoder.state_dict(), self._state(), self._global_step()
+        )
+
+    def _train(self, folder: Path | None, progress: bool, interrupted: Callable[[], bool]) -> None:
+        config, data = self.config, self.data
+        per_epoch = len(data.train_images)
+        if config.drop_last:
+            per_epoch = min(per_epoch, len(self.batches) * config.batch_size)
+        with open_progress(config.epochs, per_epoch, shown=progress, done=self.images) as self.bar:
+            while self.epoch < config.epochs:
+                self._epoch(folder, interrupted)
+                last = self.epoch == config.epochs
+                due = config.checkpoint_every and self.epoch % config.checkpoint_every == 0
+                if folder is not None and (due or (last and config.checkpoint_every)):
+                    self._save(folder)
+
+    def _epoch(self, folder: Path | None, interrupted: Callable[[], bool]) -> None:
+        config, num_steps = self.config, len(self.batches)
+        self.batches.epoch, self.batches.skip = self.epoch, self.step
+        start = time.perf_counter()
+        for x_i, x_j in self.loader:
+            x_i, x_j = self._to_device(x_i), self._to_device(x_j)
+            factor = learning_rate_factor(config, self._global_step(), num_steps)
+            set_learning_rate(self.optimizer, config.lr * factor)
+            self.optimizer.zero_grad(set_to_none=True)
+            out = self.training_step(x_i, x_j)
+            self.monitor.add(self.epoch, self.step, num_steps, out.loss, len(x_i))
+            self.training_step.update(self.optimizer)
+            if out.x_adv is not None and self.epoch == config.epochs - 1 and self.step == 0:
+                self.examples = tuple(
+                    x[:NUM_EXAMPLES].detach().float().cpu().contiguous()
+                    for x in (x_i, x_j, out.x_adv)
+                )
+            self.images += len(x_i)
+            now = time.perf_counter()
+            self.seconds, start = self.seconds + now - start, now
+            self.step += 1
+            self.bar.update(self.epoch, len(x_i), self.monitor.last)
+            if self.step % config.log_every == 0 or self.step == num_steps:
+                self._log_step(out.clean_loss, out.adversarial_loss, num_steps)
+            if self.step < num_steps and interrupted():
+                self._stop(folder, num_steps)
+        self.monitor.check_weights(self.epoch)
+        self._end_epoch()
+        if self.epoch < config.epochs and interrupted():
+            self._stop(folder, num_steps)
+
+    def _end_epoch(self) -> None:
+        config, monitor = self.config, self.monitor
+        loss = monitor.total / monitor.images
+        self.epoch_losses.append(loss)
+        monitor.total, monitor.images = 0.0, 0
+        self.bar.end_epoch(self.epoch, loss)
+        self.epoch, self.step = self.epoch + 1, 0
+        values: dict[str, Any] = {"epoch": self.epoch, "loss": loss}
+        if config.knn_every and self.epoch % config.knn_every == 0:
+            accuracy = self._knn()
+            if accuracy is not None:
+                self.knn_history.append((self.epoch, accuracy))
+                values["knn_accuracy"] = accuracy
+        values["seconds"] = round(self.seconds, 3)
+        self.metrics.write("epoch", self._global_step(), **values)
+
+    def _log_step(
+        self, clean: torch.Tensor, adversarial: torch.Tensor | None, num_steps: int
+    ) -> None:
+        self.monitor.read(self.epoch, num_steps)
+        values = {"epoch": self.epoch + 1, "loss": self.monitor.last}
+        if adversarial is not None:
+            values |= {"clean_loss": float(clean), "adversarial_loss": float(adversarial)}
+        lr = self.optimizer.param_groups[0]["lr"]
+        rate = self.images / max(self.seconds, 1e-9)
+        self.metrics.write(
+            "step", self._global_step(), **values, lr=lr, images_per_second=round(rate, 1)
+        )
+
+    def _stop(self, folder: Path | None, num_steps: int) -> None:
+        assert folder is not None
+        self.monitor.read(self.epoch, num_steps)
+        self.monitor.check_weights(self.epoch)
+        self._save(folder)
+        raise Interrupted(
+            f"interrupted at step {self.step} of {num_steps} in epoch {self.epoch + 1} of "
+            f"{self.config.epochs}; to go on: clae-fast pretrain --resume {folder}"
+        )
+
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return x.to(self.device, non_blocking=True).contiguous(memory_format=layout)
+
+    def _knn(self) -> float | None:
+        data = self.data
+        if data.train_labels is None or data.test_labels is None:
+            return None
+        train, test = (
+            encode_images(
+                self.encoder,
+                images,
+                self.mean,
+                self.std,
+                image_size=self.size,
+                device=self.device,
+            )
+            for images in (data.train_images, data.test_images)
+        )
+        return weighted_knn(train, data.train_labels, test, data.test_labels)
+
+    def _result(self) -> PretrainResult:
+        data, config = self.data, self.config
         try:
-            knn_trained = _knn(encoder, data)
+            trained = self._knn()
         except ValueError as error:  # weights so large that the features overflow
             raise NonFiniteLossError(
-                f"the trained encoder's {error}: {_cause(encoder, config)}"
+                f"the trained encoder's {error}: {cause(self.encoder, config)}"
             ) from error
-        return PretrainResult(
-            config=config,
-            data=data.name,
-            encoder=encoder,
-            epoch_losses=tuple(epoch_losses),
-            knn_pixels=weighted_knn(
+        pixels = None
+        if data.train_labels is not None and data.test_labels is not None:
+            pixels = weighted_knn(
                 pixel_features(data.train_images),
                 data.train_labels,
                 pixel_features(data.test_images),
                 data.test_labels,
-            ),
-            knn_untrained=knn_untrained,
-            knn_trained=knn_trained,
-            train_seconds=seconds,
-            images_per_second=config.epochs * len(data.train_images) / seconds,
-            examples=_denormalize(normalized, data) if normalized else None,
+            )
+        examples = None
+        if self.examples is not None:
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+            examples = Examples(*(x * std + mean for x in self.examples))
+        return PretrainResult(
+            config=config,
+            data=data.name,
+            encoder=self.encoder.cpu(),
+            in_channels=self.channels,
+            image_size=self.size,
+            mean=self.mean,
+            std=self.std,
+            epoch_losses=tuple(self.epoch_losses),
+            knn_pixels=pixels,
+            knn_untrained=self.knn_untrained,
+            knn_trained=trained,
+            knn_history=tuple(self.knn_history),
+            train_seconds=self.seconds,
+            images_per_second=self.images / max(self.seconds, 1e-9),
+            examples=examples,
         )
-
-
-def default_threads(config: PretrainConfig) -> int:
-    """What the workers leave of PyTorch's threads, 1 to 4.
-
-    With more threads than free cores, OpenMP's threads spin while they wait for one another: on
-    two cores a step then takes several times as long. Past 4 the small encoder gains nothing.
-    """
-    return max(1, min(torch.get_num_threads() - config.workers, 4))
-
-
-@contextmanager
-def num_threads(threads: int) -> Iterator[None]:
-    """PyTorch's intra-op threads inside the block; as before afterwards."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _train(
-    encoder: ResidualEncoder,
-    views: TwoViews,
-    loss: nn.Module,
-    config: PretrainConfig,
-    progress: bool,
-) -> tuple[list[float], Examples | None]:
-    generator = torch.Generator().manual_seed(config.seed)
-    loader = view_loader(views, config.batch_size, generator, config.workers)
-    optimizer = torch.optim.AdamW(
-        encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    num_steps = config.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, num_steps)
-    )
-    num_images = len(views.images)
-    epoch_losses: list[float] = []
-    examples = None
-    encoder.train()
-    with open_progress(config.epochs, num_images, shown=progress) as bar:
-        for epoch in range(config.epochs):
-            total = 0.0
-            for step, (x_i, x_j) in enumerate(loader):
-                if config.clae:
-                    out = clae_step(
-                        encoder, x_i, x_j, loss=loss, eps=config.eps, alpha=config.alpha
-                    )
-                    batch_loss = out.loss
-                    if step == 0:
-                        examples = Examples(
-                            *(x[:NUM_EXAMPLES].detach() for x in (x_i, x_j, out.x_adv))
-                        )
-                else:
-                    batch_loss = loss(encoder(x_i), encoder(x_j))
-                value = float(batch_loss.detach())
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(
-                        f"the loss is {value} at step {step + 1} of {len(loader)} in epoch "
-                        f"{epoch + 1} of {config.epochs}: {_cause(encoder, config)}"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                batch_loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += value * len(x_i)
-                bar.update(epoch, len(x_i), value)
-            if not all(bool(torch.isfinite(p).all()) for p in encoder.state_dict().values()):
-                raise NonFiniteLossError(
-                    f"the weights or statistics are not finite after epoch {epoch + 1} of "
-                    f"{config.epochs}: {_cause(encoder, config)}"
-                )
-            epoch_losses.append(total / num_images)
-            bar.end_epoch(epoch, epoch_losses[-1])
-    return epoch_losses, examples
-
-
-def _cause(encoder: nn.Module, config: PretrainConfig) -> str:
-    largest = max(float(p.detach().abs().max()) for p in encoder.parameters())
-    if not largest < 1e4:  # also NaN
-        return f"the weights grew to {largest:.3g}; lower lr (now {config.lr:g})"
-    return (
-        f"the weights are in order (largest {largest:.3g}), so the embeddings or the loss "
-        f"overflowed; raise temperature (now {config.loss_temperature:g}) or lower "
-        f"lr (now {config.lr:g})"
-    )
-
-
-def _knn(encoder: ResidualEncoder, data: ImageData) -> float:
-    train, test = (
-        encode_images(encoder, images, data.mean, data.std)
-        for images in (data.train_images, data.test_images)
-    )
-    return weighted_knn(train, data.train_labels, test, data.test_labels)
-
-
-def _denormalize(examples: Examples, data: ImageData) -> Examples:
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
-    return Examples(*(x * std + mean for x in (examples.x_i, examples.x_j, examples.x_adv)))

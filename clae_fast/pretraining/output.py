@@ -1,72 +1,96 @@
-"""What a run leaves: adversarial.png, encoder.safetensors, metrics.json, each written whole."""
+"""What a finished run leaves: figures, weights, and result.json last, each written whole."""
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from clae_fast._version import __version__
 
+from .checkpoint import separate
 from .config import METHOD_NAMES
+from .curves import curves_figure
 from .figures import adversarial_figure
-from .files import atomic_path
-from .loop import PretrainResult, default_threads
+from .files import write_whole
+from .machine import default_threads
+from .metrics import read_metrics
+from .result import PretrainResult
+from .runs import CONFIG, ENCODER, RESULT
 
 
 def write_result(result: PretrainResult, folder: str | Path) -> list[Path]:
     """Write the files into `folder` (made if need be) and return their paths.
 
     adversarial.png is only there with CLAE. encoder.safetensors holds the state_dict of the
-    plain encoder (main BatchNorm); its metadata holds the settings as JSON.
+    plain encoder (main BatchNorm); its metadata holds the settings as JSON. curves.png draws
+    metrics.jsonl. result.json comes last: where it is, all is.
     """
     from safetensors.torch import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = asdict(result.config) | {
-        "temperature": result.config.loss_temperature,
-        "data": result.data,
-        "threads": result.config.threads or default_threads(result.config),
-    }
-    figure, weights_file, metrics_file = (
-        folder / name for name in ("adversarial.png", "encoder.safetensors", "metrics.json")
-    )
+    c = result.config
+    config = c.to_dict()
+    title = METHOD_NAMES[c.method] + (" with CLAE" if c.clae else "") + f" on {result.data}"
+    paths = []
+    adversarial, curves = folder / "adversarial.png", folder / "curves.png"
     if result.examples is None:
-        figure.unlink(missing_ok=True)  # of an earlier run: it would not belong to this encoder
+        adversarial.unlink(missing_ok=True)  # of an earlier run, with another encoder
     else:
-        c = result.config
         adversarial_figure(
             result.examples,
-            figure,
-            title=f"{METHOD_NAMES[c.method]} with CLAE on {result.data}: views and their attack",
-            subtitle=f"one FGSM step on the contrastive loss, \u03b5 = {c.eps:g} in units of the "
-            f"normalised image; epoch {c.epochs} of {c.epochs}, seed {c.seed}",
+            adversarial,
+            title=f"{title}: views and their attack",
+            subtitle=f"one FGSM step on the contrastive loss, \u03b5 = {c.eps_text}; "
+            f"epoch {c.epochs} of {c.epochs}, seed {c.seed}",
         )
-    weights = {name: value.contiguous() for name, value in result.encoder.state_dict().items()}
-    _write(weights_file, save(weights, {"format": "pt", "config": json.dumps(config)}))
-    metrics = {
-        "config": config,
+        paths.append(adversarial)
+    if lines := read_metrics(folder):
+        curves_figure(lines, curves, title=f"{title}, seed {c.seed}")
+        paths.append(curves)
+    run = {
+        "in_channels": result.in_channels,
+        "image_size": result.image_size,
+        "mean": result.mean,
+        "std": result.std,
+        "data": result.data,
+        "epochs": c.epochs,
+    }
+    metadata = {"format": "pt", "config": json.dumps(config), "run": json.dumps(run)}
+    write_whole(folder / ENCODER, save(separate(result.encoder.state_dict()), metadata))
+    if not (folder / CONFIG).exists():
+        write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    text = json.dumps(summary(result), indent=2) + "\n"
+    write_whole(folder / RESULT, text.encode())
+    return [*paths, folder / ENCODER, folder / RESULT]
+
+
+def summary(result: PretrainResult) -> dict[str, Any]:
+    """result.json: settings in force, losses, accuracies, time, versions."""
+    c = result.config
+    best = max(result.knn_history, key=lambda pair: pair[1], default=None)
+    return {
+        "config": c.to_dict()
+        | {
+            "temperature": c.loss_temperature,
+            "eps": c.eps_normalized,
+            "data": result.data,
+            "image_size": result.image_size,
+            "threads": c.threads or default_threads(c),
+        },
         "epoch_losses": result.epoch_losses,
         "knn_accuracy": {
             "raw_pixels": result.knn_pixels,
             "untrained_encoder": result.knn_untrained,
             "trained_encoder": result.knn_trained,
+            "best_epoch_on_test": None if best is None else {"epoch": best[0], "accuracy": best[1]},
         },
+        "knn_history": result.knn_history,
         "train_seconds": round(result.train_seconds, 2),
         "images_per_second": round(result.images_per_second, 1),
         "torch": str(torch.__version__),
         "clae_fast": __version__,
     }
-    _write(metrics_file, (json.dumps(metrics, indent=2) + "\n").encode())  # last: all is there
-    return [figure] * (result.examples is not None) + [weights_file, metrics_file]
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,44 +1,116 @@
-"""Weighted k-nearest-neighbour evaluation of frozen features."""
+"""Features of a frozen encoder, and their weighted k-nearest-neighbour accuracy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
 
-from .encoders import ResidualEncoder
+from .encoders import ContrastiveModel
+
+Images = torch.Tensor | Sequence[torch.Tensor]
 
 
-def pixel_features(images: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) uint8 -> (N, C*H*W) float32 in [0, 1]: the baseline that learns nothing."""
-    return images.flatten(1).float() / 255
+def pixel_features(images: Images, size: int = 32) -> torch.Tensor:
+    """The baseline that learns nothing: (N, C, H, W) uint8 -> (N, C*H*W) float32 in [0, 1].
+
+    Images in a list, which may differ in size, are resized to `size` x `size` first.
+    """
+    if isinstance(images, torch.Tensor):
+        return images.flatten(1).float() / 255
+    return torch.stack([VF.resize(x, [size, size], antialias=True).flatten() for x in images]) / 255
+
+
+def evaluation_view(image: torch.Tensor, size: int) -> torch.Tensor:
+    """(C, H, W) -> (C, size, size): nothing drawn by chance.
+
+    An image of that size stays as it is, another square one is resized (as published for Tiny
+    ImageNet), any other is resized to 256 / 224 of `size` on its shorter side and cut in its
+    middle.
+    """
+    height, width = image.shape[-2:]
+    if height == width:
+        return image if height == size else VF.resize(image, [size, size], antialias=True)
+    return VF.center_crop(VF.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
 
 
 @torch.no_grad()
-def encode_images(
-    encoder: ResidualEncoder,
-    images: torch.Tensor,
+def encode_both(
+    encoder: ContrastiveModel,
+    images: Images,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     *,
     batch_size: int = 500,
-) -> torch.Tensor:
-    """Features h (N, F) of all images in eval mode, main BatchNorm; the mode is restored.
+    image_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features h (N, F) and z (N, D) of all images, each encoded once, float32 on the CPU.
+
+    In eval mode, main BatchNorm; the mode is restored.
 
     Args:
-        encoder: anything with `encode`: (B, C, H, W) normalised -> (B, F).
-        images: (N, C, H, W) uint8.
+        encoder: on `device`.
+        images: (N, C, H, W) uint8, or a sequence of (C, H, W) uint8 images of any size.
         mean, std: per channel, of pixels scaled to [0, 1].
         batch_size: images in one forward; bounds the memory, not the result.
+        image_size: side of what the encoder sees (see `evaluation_view`); None: as they are.
+        device: None: that of the encoder.
     """
-    shift, scale = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+    return _encode(encoder, images, mean, std, batch_size, image_size, device, encoder.projector)
+
+
+def encode_images(
+    encoder: ContrastiveModel,
+    images: Images,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    batch_size: int = 500,
+    image_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """`encode_both` without the projector: h (N, F)."""
+    return _encode(encoder, images, mean, std, batch_size, image_size, device, None)[0]
+
+
+@torch.no_grad()
+def _encode(
+    encoder: ContrastiveModel,
+    images: Images,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    image_size: int | None,
+    device: torch.device | str | None,
+    projector: nn.Module | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if device is None:
+        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    normalize = v2.Normalize(list(mean), list(std))
     was_training = encoder.training
     encoder.eval()
+    features, projections = [], []
     try:
-        return torch.cat(
-            [encoder.encode((x.float() / 255 - shift) / scale) for x in images.split(batch_size)]
-        )
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            if image_size is None:
+                x = batch if isinstance(batch, torch.Tensor) else torch.stack(list(batch))
+                x = x.to(device).float() / 255
+            else:
+                views = [evaluation_view(image.float() / 255, image_size) for image in batch]
+                x = torch.stack(views).to(device)
+            h = encoder.encode(normalize(x))
+            features.append(h.float().cpu())
+            if projector is not None:
+                projections.append(projector(h).float().cpu())
     finally:
         encoder.train(was_training)
+    return torch.cat(features), torch.cat(projections) if projections else torch.empty(0)
 
 
 @torch.no_grad()

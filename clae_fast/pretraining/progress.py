@@ -26,12 +26,13 @@ class Silent:
 class Bar:
     """tqdm over all images of the run; it keeps the rate and the time left."""
 
-    def __init__(self, epochs: int, num_images: int) -> None:
+    def __init__(self, epochs: int, num_images: int, done: int) -> None:
         from tqdm import tqdm
 
         self.epochs = epochs
         self.tqdm = tqdm(
             total=epochs * num_images,
+            initial=done,
             unit=" images",
             unit_scale=True,
             file=sys.stderr,
@@ -51,7 +52,8 @@ class Bar:
 class Lines:
     """At most MAX_LINES lines over the whole run, the last epoch always among them."""
 
-    def __init__(self, epochs: int, num_images: int) -> None:
+    def __init__(self, epochs: int, num_images: int, done: int) -> None:
+        self.before = done
         self.epochs, self.num_images = epochs, num_images
         self.every = -(-epochs // MAX_LINES)
         self.start = time.perf_counter()
@@ -63,8 +65,8 @@ class Lines:
         if (self.epochs - done) % self.every:
             return
         elapsed = time.perf_counter() - self.start
-        rate = done * self.num_images / elapsed
-        left = elapsed / done * (self.epochs - done)
+        rate = (done * self.num_images - self.before) / elapsed
+        left = (self.epochs - done) * self.num_images / rate
         print(
             f"epoch {done}/{self.epochs}  loss {mean_loss:.4f}  {rate:,.0f} images/s  "
             f"{left:.0f} s left",
@@ -74,15 +76,20 @@ class Lines:
 
 
 @contextmanager
-def open_progress(epochs: int, num_images: int, *, shown: bool) -> Iterator[Progress]:
-    """The display that fits stderr; a bar is closed at the end, also on an error or Ctrl-C."""
+def open_progress(
+    epochs: int, num_images: int, *, shown: bool, done: int = 0
+) -> Iterator[Progress]:
+    """The display that fits stderr; a bar is closed at the end, also on an error or Ctrl-C.
+
+    `done` images of the epochs * num_images were seen before: a resumed run.
+    """
     if not shown:
         yield Silent()
     elif sys.stderr.isatty():
-        bar = Bar(epochs, num_images)
+        bar = Bar(epochs, num_images, done)
         try:
             yield bar
         finally:
             bar.tqdm.close()
     else:
-        yield Lines(epochs, num_images)
+        yield Lines(epochs, num_images, done)

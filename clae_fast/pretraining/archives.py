@@ -1,0 +1,148 @@
+"""CIFAR-10, CIFAR-100 and Tiny ImageNet as their authors hand them out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .config import ConfigError
+from .data import ImageData
+from .decode import read_images
+from .folder import MEAN, STD
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+TINY = "tiny-imagenet-200"
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+
+def cifar(name: str, root: Path, *, download: bool = False) -> ImageData:
+    """`cifar10` or `cifar100`: 50,000 and 10,000 images (N, 3, 32, 32), read by torchvision.
+
+    Mean and standard deviation are those of CIFAR-10 for both, as in the published code of CLAE.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        root: the folder that holds cifar-10-batches-py or cifar-100-python.
+        download: fetch the archive if it is not there.
+
+    Raises:
+        ConfigError: missing, damaged, or the download failed.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    where = root / kind.base_folder
+    if download and not where.is_dir():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            kind(str(root), download=True)
+        except (OSError, RuntimeError) as error:
+            raise _failed(kind.url, where, error) from error
+    if not where.is_dir():
+        raise _missing(where, kind.url)
+    try:
+        train, test = kind(str(root), train=True), kind(str(root), train=False)
+    except RuntimeError as error:  # torchvision compares every file with its md5
+        raise ConfigError(
+            "data_dir", where, f"the files of {kind.url}; these are incomplete or damaged"
+        ) from error
+    images, test_images = (
+        torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
+    )
+    return ImageData(
+        name,
+        images,
+        torch.tensor(train.targets, dtype=torch.int64),
+        test_images,
+        torch.tensor(test.targets, dtype=torch.int64),
+        CIFAR_MEAN,
+        CIFAR_STD,
+    )
+
+
+def tiny_imagenet(root: Path, memory_gib: float = 4.0, *, download: bool = False) -> ImageData:
+    """`tiny-imagenet`: 100,000 images of 64 x 64 in 200 classes; the 10,000 of val are the test.
+
+    A label is the place of the class in wnids.txt. Mean and standard deviation are ImageNet's.
+
+    Args:
+        root: the folder that holds tiny-imagenet-200.
+        memory_gib: keep the decoded images in memory up to this size (the whole set takes 1.3).
+        download: fetch the archive if it is not there.
+
+    Raises:
+        ConfigError: missing, incomplete, or the download failed.
+    """
+    where = root / TINY
+    if download and not where.is_dir():
+        _download_tiny(root, where)
+    names, annotations = where / "wnids.txt", where / "val" / "val_annotations.txt"
+    if not where.is_dir():
+        raise _missing(where, TINY_URL)
+    for file in (names, annotations):
+        if not file.is_file():
+            raise ConfigError("data_dir", file, f"a file of {TINY_URL}; the set is incomplete")
+    wnids = names.read_text().split()
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, wnid in enumerate(wnids):
+        own = sorted((where / "train" / wnid / "images").glob("*.JPEG"))
+        if not own:
+            raise ConfigError(
+                "data_dir", where / "train" / wnid / "images", "its images; the set is incomplete"
+            )
+        files += own
+        labels += [label] * len(own)
+    test_files: list[Path] = []
+    test_labels: list[int] = []
+    for line in annotations.read_text().splitlines():
+        file_name, wnid = line.split("\t")[:2]
+        test_files.append(where / "val" / "images" / file_name)
+        test_labels.append(wnids.index(wnid))
+    images, kept, skipped = read_images(files, where, memory_gib)
+    test_images, test_kept, test_skipped = read_images(test_files, where, memory_gib)
+    return ImageData(
+        "tiny-imagenet",
+        images,
+        torch.tensor(labels, dtype=torch.int64)[kept],
+        test_images,
+        torch.tensor(test_labels, dtype=torch.int64)[test_kept],
+        MEAN,
+        STD,
+        (*skipped, *test_skipped),
+    )
+
+
+def _download_tiny(root: Path, where: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Beside its place and renamed when whole: a break leaves nothing that looks like the set.
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=".tiny-imagenet-"))
+        try:
+            download_and_extract_archive(TINY_URL, str(temporary), remove_finished=True)
+            os.rename(temporary / TINY, where)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
+        raise _failed(TINY_URL, where, error) from error
+
+
+def _missing(where: Path, url: str) -> ConfigError:
+    return ConfigError(
+        "data_dir",
+        where.parent,
+        f"a folder that holds {where.name}: there is no {where}. --download fetches it, or unpack "
+        f"{url} there",
+    )
+
+
+def _failed(url: str, where: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        "download", True, f"{url} to be reachable ({error}); or unpack it by hand to {where}"
+    )

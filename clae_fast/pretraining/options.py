@@ -1,0 +1,76 @@
+"""The settings as command-line options: one option a field of PretrainConfig."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+from .config import ConfigError, Milestones, PretrainConfig
+
+
+def add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
+    """Add every field; the namespace then holds only those that were given."""
+    hints = get_type_hints(PretrainConfig)
+    groups: dict[str, Any] = {}
+    for field in fields(PretrainConfig):
+        if field.name in leave_out:
+            continue
+        name = field.metadata["group"]
+        group = groups.setdefault(name, None) or parser.add_argument_group(name)
+        groups[name] = group
+        hint, text = hints[field.name], field.metadata["help"]
+        if hint is not bool and field.default not in (None, ()):
+            shown = field.default
+            shown = f"{shown:g}" if isinstance(shown, float) else shown
+            text = f"{text} (default: {shown})"
+        common: dict[str, Any] = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": text.replace("%", "%%"),
+        }
+        option = "--" + field.name.replace("_", "-")
+        if hint is bool:
+            on = f"{'' if field.default else 'no-'}{option[2:]}"
+            common["help"] += f" (default: --{on})"
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        else:
+            kind = next(k for k in (hint, *get_args(hint)) if k in (int, float, str, Milestones))
+            kind = {float: number, Milestones: milestones}.get(kind, kind)
+            group.add_argument(option, type=kind, metavar=field.metadata["metavar"], **common)
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that the command line gave."""
+    return {f.name: getattr(args, f.name) for f in fields(PretrainConfig) if hasattr(args, f.name)}
+
+
+def option_of(error: ConfigError) -> str:
+    """The error in the words of the command line."""
+    option = "RUN" if error.field == "run" else "--" + error.field.replace("_", "-")
+    value = error.value
+    if isinstance(value, tuple):
+        value = ",".join(":".join(map(str, pair)) for pair in value) or "none"
+    return f"{option} {value}: expected {error.expected}"
+
+
+def number(text: str) -> float:
+    """A number or a fraction such as 8/255."""
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a number such as 0.03 or 8/255, got {text!r}"
+        ) from error
+
+
+def milestones(text: str) -> Milestones:
+    """120:0.1,160:0.05 -> ((120, 0.1), (160, 0.05))."""
+    try:
+        pairs = [pair.split(":") for pair in text.split(",") if pair]
+        return tuple((int(epoch), float(factor)) for epoch, factor in pairs)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected epochs and factors such as 120:0.1,160:0.05, got {text!r}"
+        ) from error

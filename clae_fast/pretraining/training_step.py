@@ -1,0 +1,158 @@
+"""One training step of any kind: forward, attack, backward; the gradients are in `.grad`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
+
+from clae_fast import InfoNCELoss, NTXentLoss, UELLoss, clae_step
+
+from .accumulate import accumulated_step, check_independent
+from .config import ConfigError, PretrainConfig
+from .published import published_step
+
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOSSES: dict[str, type[nn.Module]] = {
+    "simclr": NTXentLoss,
+    "plain": InfoNCELoss,
+    "uel": UELLoss,
+}
+
+
+class StepResult(NamedTuple):
+    """Detached: the loss that was minimised, its two parts, and the attacked images."""
+
+    loss: torch.Tensor
+    clean_loss: torch.Tensor
+    adversarial_loss: torch.Tensor | None
+    x_adv: torch.Tensor | None
+
+
+def make_loss(config: PretrainConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """The loss of the method, tried once so that a backend that cannot run is named at the start.
+
+    Raises:
+        ConfigError: the backend cannot run the loss here.
+    """
+    backend = None if config.backend == "auto" else config.backend
+    try:
+        loss = _LOSSES[config.method](temperature=config.loss_temperature, backend=backend)
+        z = torch.eye(4, device=device)
+        loss(z, z)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError("backend", config.backend, f"one that can run here ({reason})") from error
+    return loss
+
+
+class TrainingStep:
+    """`step(x_i, x_j)` computes the loss of a batch and the gradients of the weights.
+
+    Args:
+        config: method, attack, precision, accumulation, compilation.
+        encoder: in training mode, on `device`, with DualBatchNorm where CLAE is on.
+        loss: of `make_loss`.
+        mean, std: per channel: what turns pixel units into normalised ones.
+        image: (C, H, W) of a view.
+        device: of the encoder.
+
+    Raises:
+        ConfigError: accumulation with an encoder for which it is not exact.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        encoder: nn.Module,
+        loss: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image: torch.Size,
+        device: torch.device,
+    ) -> None:
+        self.config, self.loss, self.device = config, loss, device
+        self.dtype = _DTYPES[config.precision]
+        # Scaling keeps small float16 gradients from becoming 0; elsewhere it does nothing.
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=self.dtype is torch.float16, init_scale=2.0**12
+        )
+        if config.accumulate > 1:
+            check_independent(encoder, image, config.accumulate)
+        self.encoder = encoder
+        if config.compile:
+            self.encoder = cast("nn.Module", torch.compile(encoder))
+        m, s = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+        self.eps: float | torch.Tensor
+        if config.eps_pixels is not None:
+            self.eps = config.eps_pixels / s
+        else:
+            assert config.eps_normalized is not None
+            self.eps = config.eps_normalized
+        self.bounds = ((0 - m) / s, (1 - m) / s) if config.clamp else None
+
+    def __call__(self, x_i: torch.Tensor, x_j: torch.Tensor) -> StepResult:
+        """Views (B, C, H, W) on the device. Adds to `.grad`, scaled by `self.scaler`."""
+        config = self.config
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            if config.accumulate > 1:
+                return self._in_parts(x_i, x_j)
+            if not config.clae:
+                total = self.loss(self.encoder(x_i), self.encoder(x_j))
+                result = StepResult(total.detach(), total.detach(), None, None)
+            else:
+                if config.attack == "published":
+                    out = published_step(
+                        self.encoder,
+                        x_i,
+                        x_j,
+                        self.loss,
+                        self.eps,
+                        config.alpha,
+                        plain=config.method == "plain",
+                        bounds=self.bounds,
+                    )
+                else:
+                    out = clae_step(
+                        self.encoder,
+                        x_i,
+                        x_j,
+                        loss=self.loss,
+                        eps=self.eps,
+                        alpha=config.alpha,
+                        attack=config.attack,
+                        bounds=self.bounds,
+                    )
+                total = out.loss
+                result = StepResult(
+                    total.detach(),
+                    out.clean_loss.detach(),
+                    out.adversarial_loss.detach(),
+                    out.x_adv,
+                )
+        self.scaler.scale(total).backward()
+        return result
+
+    def _in_parts(self, x_i: torch.Tensor, x_j: torch.Tensor) -> StepResult:
+        config = self.config
+        out = accumulated_step(
+            self.encoder,
+            x_i,
+            x_j,
+            self.loss,
+            part_size=-(-len(x_i) // config.accumulate),
+            clae=config.clae,
+            eps=self.eps,
+            alpha=config.alpha,
+            bounds=self.bounds,
+            scale=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
+        )
+        if not config.clae:
+            return StepResult(out.loss, out.clean_loss, None, None)
+        return StepResult(*out)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Apply the gradients; with float16 a step whose gradients overflowed is left out."""
+        self.scaler.step(optimizer)
+        self.scaler.update()

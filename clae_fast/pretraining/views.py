@@ -1,0 +1,125 @@
+"""Two random views of each image, in an order and with seeds that (seed, epoch, step) fix.
+
+A v2 transform draws one set of parameters per call, so it is called once per image; a worker
+process hides that behind the training step.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from .augmentation import Transform
+
+Batch = tuple[torch.Tensor, int]  # indices (B,), seed of their views
+Views = tuple[torch.Tensor, torch.Tensor]
+
+
+class TwoViews(Dataset[Views]):
+    """Maps (indices (B,), seed) to two batches of normalised views (B, C, H, W).
+
+    Each image of each view has its own parameters. The views are a function of the indices and
+    the seed alone: the same in this process and in any worker; the caller's random state is
+    left alone.
+
+    Args:
+        images: (N, C, H, W) uint8, or a sequence of (C, H, W) uint8 images of any size.
+        mean, std: per channel, of pixels scaled to [0, 1].
+        transform: one [0, 1] image (C, H, W) to one random view in [0, 1].
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        transform: Transform,
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.normalize = v2.Normalize(list(mean), list(std))
+
+    def __getitem__(self, batch: Batch) -> Views:
+        indices, seed = batch
+        images = [self.images[i].float() / 255 for i in indices.tolist()]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # v2 draws from it
+            x_i, x_j = (torch.stack([self.transform(x) for x in images]) for _ in range(2))
+        return self.normalize(x_i), self.normalize(x_j)
+
+
+class EpochBatches(Sampler[Batch]):
+    """The batches of one epoch: order and view seeds follow from (seed, epoch) alone.
+
+    Args:
+        num_images: images in the data set.
+        batch_size: images in a batch.
+        seed: of the run.
+        drop_last: leave out a last batch that is shorter (unless it is the only one).
+
+    `epoch` and `skip`, the number of batches left out at the start, are set between iterations.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, drop_last: bool = False
+    ) -> None:
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.drop_last = drop_last
+        self.epoch = self.skip = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        whole, rest = divmod(self.num_images, self.batch_size)
+        return max(1, whole + (rest > 0 and not self.drop_last))
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+        batches = order.split(self.batch_size)[: len(self)]
+        yield from list(zip(batches, seeds, strict=True))[self.skip :]
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """One generator seed for (seed, epoch); neighbours give unrelated streams."""
+    generator = torch.Generator().manual_seed(seed)
+    return int(torch.randint(2**62, (epoch + 1,), generator=generator)[epoch])
+
+
+def view_loader(
+    views: TwoViews, batches: EpochBatches, workers: int, *, pin_memory: bool = False
+) -> DataLoader[Views]:
+    """Iterates over one epoch of (x_i, x_j) at a time; workers stay between epochs."""
+    return DataLoader(
+        views,
+        batch_size=None,  # the sampler makes the batches, each with its seed
+        sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
+
+
+def _quiet_worker(worker: int) -> None:
+    """Ctrl-C is the main process's to answer; what its end breaks in here is no news."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_the_other_end_went(sys.excepthook)
+
+
+def _unless_the_other_end_went(
+    hook: Callable[[type[BaseException], BaseException, TracebackType | None], object],
+) -> Callable[[type[BaseException], BaseException, TracebackType | None], object]:
+    def quiet(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            hook(kind, error, where)
+
+    return quiet
