@@ -330,6 +330,25 @@ def test_images_without_labels(capsys, tmp_path, monkeypatch, subset):
     assert result["knn_accuracy"]["trained_encoder"] is None
 
 
+def test_a_broken_image_is_named_in_one_line(capsys, tmp_path):
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = torch.randint(0, 256, (20 + i, 24, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "a" / "broken.jpg").write_text("no image")
+    words = ("--data", "folder", "--data-dir", tmp_path / "photos", "--image-size", 16)
+    assert run(*words, *SMALL, "--output", tmp_path / "o") == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == (
+        "clae-fast pretrain: warning: skipped a broken image: a/broken.jpg (no image that can "
+        "be read)"
+    )
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["config"]["image_size"] == 16
+
+
 def test_load_run_names_what_is_wrong(tmp_path, small):
     with pytest.raises(ConfigError, match="expected the folder of a run, and it holds no config"):
         load_run(tmp_path)

@@ -6,10 +6,11 @@ import argparse
 import importlib.util
 import itertools
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .config import METHOD_NAMES, ConfigError, PretrainConfig
 from .options import add_settings, given_settings, option_of
@@ -94,8 +95,21 @@ def run(args: argparse.Namespace) -> int:
 
 def answer(prog: str, job: Callable[[], int]) -> int:
     """Run a command; what users can cause becomes one line on stderr and an exit code."""
+
+    def one_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        print(f"{prog}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
     try:
-        return job()
+        with warnings.catch_warnings():
+            warnings.showwarning = one_line
+            return job()
     except ConfigError as error:
         return fail(prog, 2, option_of(error))
     except KeyboardInterrupt as error:

@@ -131,8 +131,12 @@ def _all(paths: Sequence[Path]) -> Iterator[torch.Tensor | str]:
 
 def _attempt(read: Callable[[Path], torch.Tensor]) -> Callable[[Path], torch.Tensor | str]:
     def attempt(path: Path) -> torch.Tensor | str:
+        from PIL import UnidentifiedImageError
+
         try:
             return read(path)
+        except UnidentifiedImageError:  # its text is the path again
+            return "no image that can be read"
         except Exception as error:  # whatever a decoder makes of a broken file
             return " ".join(str(error).split()) or type(error).__name__
 

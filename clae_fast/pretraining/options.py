@@ -50,7 +50,9 @@ def option_of(error: ConfigError) -> str:
     option = "RUN" if error.field == "run" else "--" + error.field.replace("_", "-")
     value = error.value
     if isinstance(value, tuple):
-        value = ",".join(":".join(map(str, pair)) for pair in value) or "none"
+        pairs = all(isinstance(item, tuple) for item in value)
+        texts = [":".join(map(str, item)) if pairs else str(item) for item in value]
+        value = ("," if pairs else " ").join(texts) or "none"
     return f"{option} {value}: expected {error.expected}"
 
 
