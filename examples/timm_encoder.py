@@ -1,15 +1,15 @@
-"""CLAE for an encoder of timm, chosen by name, with a projector behind it.
+r"""CLAE for an encoder of timm, chosen by name, with a projector behind it.
 
 Install: pip install "clae-fast[train]" timm
-Run:     python examples/timm_encoder.py                    (resnet18: four minutes on 2 CPU cores)
-         python examples/timm_encoder.py --model vit_tiny_patch16_224 \
-             --model-kwargs img_size=28 patch_size=7
+Run:     python examples/timm_encoder.py                    (four minutes on 2 CPU cores)
          python examples/timm_encoder.py --model convnext_atto --size 32
+         python examples/timm_encoder.py --model vit_tiny_patch16_224 --lr 3e-4 \
+             --model-kwargs img_size=28 patch_size=7
 
-Models with nn.BatchNorm2d (resnet*) are converted; those without BatchNorm (vit*, convnext*, and
-the *_gn variants) need nothing and share all their layers between clean and adversarial images.
-Models with timm's BatchNormAct2d (efficientnet*, regnet*, mobilenet*, resnetv2*, ...) are refused
-by name: it fuses an activation into a BatchNorm, and clae_fast does not guess what a subclass does.
+Which models: those with nn.BatchNorm2d (resnet*) get their auxiliary twins; those without BatchNorm
+(vit*, convnext*, *_gn) need none and share every layer. Those with timm's BatchNormAct2d
+(efficientnet*, mobilenet*, regnet*, resnetv2*) end in an error that names the layer: it is a
+BatchNorm with an activation inside, and clae_fast converts only what it knows exactly.
 """
 
 import argparse
@@ -29,12 +29,11 @@ from clae_fast.pretraining import mnist5k, weighted_knn
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18", help="as in timm.list_models()")
-    parser.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE"
-    )
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
     parser.add_argument("--size", type=int, default=28, help="side of the images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--limit", type=int, help="train on so many images (default: all 4,000)")
     parser.add_argument("--eps", type=float, default=0.03, help="in normalised units")
     parser.add_argument("--output", type=Path, default=Path("runs/timm_encoder.pt"))
@@ -45,34 +44,23 @@ def main(argv: list[str] | None = None) -> float:
     data = mnist5k()
     chosen = torch.randperm(len(data.train_images))[: args.limit]  # they are stored by digit
     plain = v2.Compose(
-        [
-            v2.Resize(args.size),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(data.mean, data.std),
-        ]
+        [v2.Resize(args.size), v2.ToDtype(torch.float32, True), v2.Normalize(data.mean, data.std)]
     )
-    augment = v2.Compose(
-        [v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 15), v2.ColorJitter(0.7, 0.7), plain]
+    view = v2.Compose(
+        [v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.2)), v2.ColorJitter(0.7, 0.7), plain]
     )
 
     def two_views(images: list[Tensor]) -> list[Tensor]:
-        return [torch.stack([augment(x) for x in images]) for _ in range(2)]
+        return [torch.stack([view(x) for x in images]) for _ in range(2)]
 
-    loader = DataLoader(
-        data.train_images[chosen],
-        min(args.batch_size, len(chosen)),
-        shuffle=True,
-        drop_last=True,
-        collate_fn=two_views,
-    )
+    images, batch = data.train_images[chosen], min(args.batch_size, len(chosen))
+    loader = DataLoader(images, batch, shuffle=True, drop_last=True, collate_fn=two_views)
 
-    backbone = timm.create_model(
-        args.model, pretrained=False, num_classes=0, in_chans=1, **args.model_kwargs
-    )
+    backbone = timm.create_model(args.model, num_classes=0, in_chans=1, **args.model_kwargs)
     width = backbone.head_hidden_size
     projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 64))
     encoder = convert_dual_batchnorm(nn.Sequential(backbone, projector)).to(device)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=args.lr)
     loss = NTXentLoss(0.5)
     for epoch in range(args.epochs):
         total = 0.0
@@ -90,8 +78,8 @@ def main(argv: list[str] | None = None) -> float:
 
     with torch.no_grad():
         train, test = (
-            torch.cat([backbone(plain(x)) for x in images.split(500)])
-            for images in (data.train_images[chosen], data.test_images)
+            torch.cat([backbone(plain(x)) for x in pixels.split(500)])
+            for pixels in (images, data.test_images)
         )
     accuracy = weighted_knn(train, data.train_labels[chosen], test, data.test_labels)
     print(f"weighted kNN accuracy {accuracy:.3f}; weights in {args.output}")

@@ -1,5 +1,7 @@
 """Shared set-up: fixed seeds, names for the docstring examples."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,32 @@ import clae_fast
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def mnist_subset(every):
+    """Every `every`-th training image and every 10th test image: all digits."""
+    from clae_fast.pretraining import mnist5k
+
+    data = mnist5k()
+    return dataclasses.replace(
+        data,
+        train_images=data.train_images[::every],
+        train_labels=data.train_labels[::every],
+        test_images=data.test_images[::10],
+        test_labels=data.test_labels[::10],
+    )
+
+
+@pytest.fixture(scope="session")
+def subset():
+    """125 training images."""
+    return mnist_subset(32)
+
+
+@pytest.fixture(scope="session")
+def larger_subset():
+    """250 training images."""
+    return mnist_subset(16)
 
 
 @pytest.fixture(autouse=True)

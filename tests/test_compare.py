@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clae_fast.pretraining import ConfigError, PretrainConfig, compare_cli, mnist5k
+from clae_fast.pretraining import ConfigError, PretrainConfig, compare_cli
 from clae_fast.pretraining import compare as compare_module
 from clae_fast.pretraining.checkpoint import checkpoints, load_checkpoint
 from clae_fast.pretraining.compare import VARIANTS, compare
@@ -17,18 +17,6 @@ from clae_fast.pretraining.step_cost import step_costs
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 1, "batch_size": 32, "workers": 0, "threads": 1}
-
-
-@pytest.fixture(scope="module")
-def subset():
-    data = mnist5k()
-    return dataclasses.replace(
-        data,
-        train_images=data.train_images[::32],
-        train_labels=data.train_labels[::32],
-        test_images=data.test_images[::10],
-        test_labels=data.test_labels[::10],
-    )
 
 
 @pytest.fixture(scope="module")

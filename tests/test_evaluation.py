@@ -19,7 +19,6 @@ from clae_fast.pretraining import (
     ResidualEncoder,
     encode_images,
     evaluate_cli,
-    mnist5k,
     pixel_features,
     pretrain,
     weighted_knn,
@@ -32,18 +31,6 @@ from clae_fast.pretraining.linear_probe import adam_probe, logistic_probe
 from clae_fast.pretraining.probe import encode_both, evaluation_view
 
 MEAN, STD = (0.1,), (0.3,)
-
-
-@pytest.fixture(scope="module")
-def subset():
-    data = mnist5k()
-    return dataclasses.replace(
-        data,
-        train_images=data.train_images[::16],
-        train_labels=data.train_labels[::16],
-        test_images=data.test_images[::10],
-        test_labels=data.test_labels[::10],
-    )
 
 
 def clouds(count, classes=4, width=6, spread=1.0, seed=0):
@@ -184,11 +171,11 @@ def test_a_class_that_training_lacks_counts_as_wrong():
 def test_wrong_probe_arguments_are_named():
     x, y = clouds(20)
     for arguments, message in (
-        ((x, y[:5], x, y), r"train and train_labels: expected \(N, F\) and \(N,\), got"),
-        ((x, y, x[:0], y[:0]), "test and test_labels: expected"),
+        ((x, y[:5], x, y), r"train_features and train_labels: expected \(N, F\) and \(N,\), got"),
+        ((x, y, x[:0], y[:0]), "test_features and test_labels: expected"),
         ((x, y.float(), x, y), "train_labels: expected torch.int64"),
-        ((x * math.nan, y, x, y), "train: expected finite numbers"),
-        ((x, y, x[:, :3], y), "test: expected features of width 6, got 3"),
+        ((x * math.nan, y, x, y), "train_features: expected finite numbers"),
+        ((x, y, x[:, :3], y), "test_features: expected width 6, that of train_features, got 3"),
         ((x, torch.zeros_like(y), x, y), "train_labels: expected at least two classes"),
     ):
         for probe in (logistic_probe, adam_probe):
@@ -202,17 +189,17 @@ def test_wrong_probe_arguments_are_named():
 
 
 @pytest.mark.parametrize(("method", "features"), [("simclr", "h"), ("uel", "z")])
-def test_evaluate_encodes_every_image_once(method, features, subset):
+def test_evaluate_encodes_every_image_once(method, features, larger_subset):
     torch.manual_seed(0)
     model = ResidualEncoder(width=8).eval()
     seen = []
     model.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     config = PretrainConfig(method=method)
-    result = evaluate(model, subset, config, probe_epochs=30)
-    assert sum(seen) == len(subset.train_images) + len(subset.test_images)
-    sets = (subset.train_images, subset.test_images)
-    (h, z), (ht, zt) = (encode_both(model, x, subset.mean, subset.std) for x in sets)
-    y, yt = subset.train_labels, subset.test_labels
+    result = evaluate(model, larger_subset, config, probe_epochs=30)
+    assert sum(seen) == len(larger_subset.train_images) + len(larger_subset.test_images)
+    sets = (larger_subset.train_images, larger_subset.test_images)
+    (h, z), (ht, zt) = (encode_both(model, x, larger_subset.mean, larger_subset.std) for x in sets)
+    y, yt = larger_subset.train_labels, larger_subset.test_labels
     assert result.knn_h == weighted_knn(h, y, ht, yt, sigma=0.1)
     assert result.knn_z == weighted_knn(z, y, zt, yt, sigma=0.5 if method == "simclr" else 0.1)
     assert result.knn_pixels == weighted_knn(*(
@@ -229,9 +216,9 @@ def test_evaluate_encodes_every_image_once(method, features, subset):
     json.dumps(result.to_dict())
 
 
-def test_evaluate_names_what_is_wrong(subset):
+def test_evaluate_names_what_is_wrong(larger_subset):
     model, config = ResidualEncoder(width=4), PretrainConfig()
-    bare = dataclasses.replace(subset, train_labels=None, test_labels=None)
+    bare = dataclasses.replace(larger_subset, train_labels=None, test_labels=None)
     with pytest.raises(ConfigError, match="data='mnist5k': expected images with labels"):
         evaluate(model, bare, config)
     for arguments, message in (
@@ -243,7 +230,7 @@ def test_evaluate_names_what_is_wrong(subset):
         ({"probe_batch_size": 0}, "probe_batch_size=0: expected"),
     ):
         with pytest.raises(ConfigError, match=message):
-            evaluate(model, subset, config, **arguments)
+            evaluate(model, larger_subset, config, **arguments)
 
 
 # --- export ---
@@ -321,10 +308,10 @@ def test_a_failed_export_leaves_nothing(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(subset, tmp_path_factory):
+def finished(larger_subset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = PretrainConfig(epochs=1, workers=0, threads=1, clae=False)
-    write_result(pretrain(config, data=subset, folder=folder), folder)
+    write_result(pretrain(config, data=larger_subset, folder=folder), folder)
     return folder
 
 
@@ -336,10 +323,10 @@ def run(*words):
 
 
 @pytest.fixture
-def small(monkeypatch, subset):
+def small(monkeypatch, larger_subset):
     from clae_fast.pretraining import data
 
-    monkeypatch.setattr(data, "load_data", lambda *a, **k: subset)
+    monkeypatch.setattr(data, "load_data", lambda *a, **k: larger_subset)
 
 
 def test_the_command_prints_and_writes(capsys, finished, tmp_path, small):

@@ -34,18 +34,6 @@ def data():
     return mnist5k()
 
 
-@pytest.fixture(scope="module")
-def subset(data):
-    """Every 16th training image (250) and every 10th test image (100): all digits."""
-    return dataclasses.replace(
-        data,
-        train_images=data.train_images[::16],
-        train_labels=data.train_labels[::16],
-        test_images=data.test_images[::10],
-        test_labels=data.test_labels[::10],
-    )
-
-
 # --- data ---
 
 
@@ -284,9 +272,9 @@ def test_encode_images_uses_eval_mode_and_restores(data):
 
 @pytest.mark.parametrize("clae", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains(method, clae, subset):
+def test_every_method_trains(method, clae, larger_subset):
     config = PretrainConfig(method=method, clae=clae, epochs=3, batch_size=64, workers=0, threads=1)
-    result = pretrain(config, data=subset)
+    result = pretrain(config, data=larger_subset)
     assert len(result.epoch_losses) == 3
     assert all(math.isfinite(value) for value in result.epoch_losses)
     assert result.epoch_losses[-1] < result.epoch_losses[0]
@@ -299,24 +287,29 @@ def test_every_method_trains(method, clae, subset):
     assert (result.examples is None) is not clae
 
 
-def test_examples_are_one_fgsm_step_away(subset):
+def test_examples_are_one_fgsm_step_away(larger_subset):
     result = pretrain(
-        PretrainConfig(epochs=1, batch_size=125, eps=0.1, workers=0, threads=1), data=subset
+        PretrainConfig(epochs=1, batch_size=125, eps=0.1, workers=0, threads=1), data=larger_subset
     )
     delta = result.examples.x_adv - result.examples.x_i
     moved = delta.abs() > 1e-6
     assert moved.float().mean() > 0.5
     torch.testing.assert_close(
-        delta[moved].abs(), torch.full_like(delta[moved], 0.1 * subset.std[0]), atol=1e-5, rtol=0
+        delta[moved].abs(),
+        torch.full_like(delta[moved], 0.1 * larger_subset.std[0]),
+        atol=1e-5,
+        rtol=0,
     )
     assert result.examples.x_i.min() > -1e-5
     assert result.examples.x_i.max() < 1 + 1e-5
 
 
 @pytest.mark.parametrize("clae", [False, True])
-def test_last_batch_of_one_image(clae, subset):
+def test_last_batch_of_one_image(clae, larger_subset):
     one_more = dataclasses.replace(
-        subset, train_images=subset.train_images[:65], train_labels=subset.train_labels[:65]
+        larger_subset,
+        train_images=larger_subset.train_images[:65],
+        train_labels=larger_subset.train_labels[:65],
     )
     result = pretrain(
         PretrainConfig(clae=clae, epochs=1, batch_size=64, workers=0, threads=1), data=one_more
@@ -324,52 +317,56 @@ def test_last_batch_of_one_image(clae, subset):
     assert math.isfinite(result.epoch_losses[0])
 
 
-def test_one_seed_one_result_and_the_callers_randomness(subset):
+def test_one_seed_one_result_and_the_callers_randomness(larger_subset):
     config = PretrainConfig(epochs=1, batch_size=64, workers=0, threads=1)
     torch.manual_seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    first = pretrain(config, data=subset)
+    first = pretrain(config, data=larger_subset)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
     torch.manual_seed(6)
-    again = pretrain(dataclasses.replace(config, workers=1), data=subset)
-    other = pretrain(dataclasses.replace(config, seed=1), data=subset)
+    again = pretrain(dataclasses.replace(config, workers=1), data=larger_subset)
+    other = pretrain(dataclasses.replace(config, seed=1), data=larger_subset)
     assert first.epoch_losses == again.epoch_losses
     for name, value in first.encoder.state_dict().items():
         assert torch.equal(value, again.encoder.state_dict()[name]), name
     assert first.epoch_losses != other.epoch_losses
 
 
-def test_untrained_accuracy_is_of_the_very_encoder(subset):
+def test_untrained_accuracy_is_of_the_very_encoder(larger_subset):
     torch.manual_seed(7)
     encoder = ResidualEncoder(width=4)
     features = [
-        encode_images(encoder, images, subset.mean, subset.std)
-        for images in (subset.train_images, subset.test_images)
+        encode_images(encoder, images, larger_subset.mean, larger_subset.std)
+        for images in (larger_subset.train_images, larger_subset.test_images)
     ]
-    expected = weighted_knn(features[0], subset.train_labels, features[1], subset.test_labels)
+    expected = weighted_knn(
+        features[0], larger_subset.train_labels, features[1], larger_subset.test_labels
+    )
     result = pretrain(
         PretrainConfig(epochs=1, batch_size=125, clae=False, workers=0, threads=1),
-        data=subset,
+        data=larger_subset,
         encoder=encoder,
     )
     assert result.encoder is encoder
     assert result.knn_untrained == expected
-    pixels = [pixel_features(images) for images in (subset.train_images, subset.test_images)]
+    pixels = [
+        pixel_features(images) for images in (larger_subset.train_images, larger_subset.test_images)
+    ]
     assert result.knn_pixels == weighted_knn(
-        pixels[0], subset.train_labels, pixels[1], subset.test_labels
+        pixels[0], larger_subset.train_labels, pixels[1], larger_subset.test_labels
     )
 
 
 @pytest.mark.parametrize("clae", [False, True])
-def test_exploding_learning_rate_stops_with_the_cause(clae, subset):
+def test_exploding_learning_rate_stops_with_the_cause(clae, larger_subset):
     config = PretrainConfig(clae=clae, lr=1e30, epochs=2, batch_size=64, workers=0, threads=1)
     with pytest.raises(
         NonFiniteLossError,
         match=r"the loss is (nan|inf) at step \d of 4 in epoch \d of 2: the weights grew to "
         r".*; lower lr \(now 1e\+30\)",
     ):
-        pretrain(config, data=subset)
+        pretrain(config, data=larger_subset)
 
 
 class BreaksAtTheThirdForward(ResidualEncoder):
@@ -382,12 +379,12 @@ class BreaksAtTheThirdForward(ResidualEncoder):
         return z * math.inf if self.calls >= 3 else z
 
 
-def test_nan_with_weights_in_order_names_the_step(subset):
+def test_nan_with_weights_in_order_names_the_step(larger_subset):
     config = PretrainConfig(clae=False, epochs=2, batch_size=64, workers=0, threads=1)
     with pytest.raises(
         NonFiniteLossError, match="at step 2 of 4 in epoch 1 of 2: the weights are in order"
     ):
-        pretrain(config, data=subset, encoder=BreaksAtTheThirdForward(width=4))
+        pretrain(config, data=larger_subset, encoder=BreaksAtTheThirdForward(width=4))
 
 
 def test_cosine_warms_up_and_falls_to_nothing():
@@ -466,9 +463,9 @@ def test_config_names_the_wrong_field(field, value):
     assert isinstance(caught.value, ValueError)
 
 
-def test_a_backend_that_cannot_run_is_named(subset):
+def test_a_backend_that_cannot_run_is_named(larger_subset):
     with pytest.raises(ConfigError, match="backend='cuda': expected one that can run here"):
-        pretrain(PretrainConfig(backend="cuda", epochs=1), data=subset)
+        pretrain(PretrainConfig(backend="cuda", epochs=1), data=larger_subset)
 
 
 SEEDS = (0, 1, 2)
@@ -499,7 +496,7 @@ def test_default_encoder_is_small():
     assert isinstance(ResidualEncoder(), nn.Module)
 
 
-def test_wrong_arguments_are_named(data, subset):
+def test_wrong_arguments_are_named(data, larger_subset):
     for arguments, message in (
         ({"config": "x"}, "config must be a PretrainConfig, got str"),
         ({"data": "x"}, "data must be a ImageData, got str"),
@@ -514,16 +511,18 @@ def test_wrong_arguments_are_named(data, subset):
         weighted_knn(features, labels.float(), features, labels)
 
 
-def test_an_encoder_of_the_callers_comes_back_ordinary(subset):
+def test_an_encoder_of_the_callers_comes_back_ordinary(larger_subset):
     encoder = ResidualEncoder()
     config = PretrainConfig(epochs=2, batch_size=32, lr=1e29, workers=0)
     with pytest.raises(NonFiniteLossError):
-        pretrain(config, data=subset, encoder=encoder)
+        pretrain(config, data=larger_subset, encoder=encoder)
     assert not any(isinstance(m, DualBatchNorm) for m in encoder.modules())
     assert not encoder.training
 
 
-def test_weights_ruined_by_the_very_last_step(subset):
-    config = PretrainConfig(epochs=1, batch_size=len(subset.train_images), lr=1e29, workers=0)
+def test_weights_ruined_by_the_very_last_step(larger_subset):
+    config = PretrainConfig(
+        epochs=1, batch_size=len(larger_subset.train_images), lr=1e29, workers=0
+    )
     with pytest.raises(NonFiniteLossError, match="lower lr"):
-        pretrain(config, data=subset)
+        pretrain(config, data=larger_subset)

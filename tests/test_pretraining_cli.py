@@ -21,25 +21,12 @@ from clae_fast.pretraining import (
     files,
     load_run,
     loop,
-    mnist5k,
     pretrain,
 )
 from clae_fast.pretraining.figures import adversarial_figure, amplification
 from clae_fast.pretraining.files import atomic_path, unwritable_reason
 from clae_fast.pretraining.output import write_result
 from clae_fast.pretraining.progress import MAX_LINES, open_progress
-
-
-@pytest.fixture(scope="module")
-def subset():
-    data = mnist5k()
-    return dataclasses.replace(
-        data,
-        train_images=data.train_images[::32],
-        train_labels=data.train_labels[::32],
-        test_images=data.test_images[::10],
-        test_labels=data.test_labels[::10],
-    )
 
 
 def run(*words):

@@ -19,25 +19,12 @@ from clae_fast.pretraining import (
     NonFiniteLossError,
     PretrainConfig,
     load_run,
-    mnist5k,
     pretrain,
 )
 from clae_fast.pretraining import checkpoint as checkpoint_module
 from clae_fast.pretraining import loop as loop_module
 from clae_fast.pretraining.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from clae_fast.pretraining.metrics import Metrics, read_metrics
-
-
-@pytest.fixture(scope="module")
-def subset():
-    data = mnist5k()
-    return dataclasses.replace(
-        data,
-        train_images=data.train_images[::32],
-        train_labels=data.train_labels[::32],
-        test_images=data.test_images[::10],
-        test_labels=data.test_labels[::10],
-    )
 
 
 def settings(**changes):
@@ -94,10 +81,10 @@ class Dropping(ContrastiveModel):
         {"knn_every": 2},
         {"clae": False, "optimizer": "sgd", "lr": 0.05, "method": "plain"},
         {"precision": "bfloat16", "method": "uel", "optimizer": "adam", "lr": 1e-3},
-        {"precision": "float16", "workers": 1},
+        {"precision": "float16", "workers": 1, "epochs": 2},
     ],
 )
-@pytest.mark.parametrize("steps", [2, 4, 10])  # of 4 an epoch: inside, at its end, in the last
+@pytest.mark.parametrize("steps", [2, 4, 7])  # of 4 an epoch: inside, at its end, in the next
 def test_resume_gives_the_numbers_of_an_unbroken_run(changes, steps, subset, tmp_path, monkeypatch):
     config = settings(**changes)
     whole = pretrain(config, data=subset, folder=tmp_path / "whole")
@@ -175,10 +162,8 @@ def test_metrics_lines(subset, tmp_path):
     lines = read_metrics(tmp_path)
     assert [(line["event"], line["step"]) for line in lines] == [
         ("step", 3),
-        ("step", 4),
         ("epoch", 4),
-        ("step", 7),
-        ("step", 8),
+        ("step", 6),
         ("epoch", 8),
     ]
     epochs = [line for line in lines if line["event"] == "epoch"]
@@ -189,6 +174,7 @@ def test_metrics_lines(subset, tmp_path):
         if line["event"] == "step":
             total = line["clean_loss"] + config.alpha * line["adversarial_loss"]
             assert line["loss"] == pytest.approx(total, rel=1e-5)
+            assert line["batch"] == 32
     assert lines[0]["lr"] == pytest.approx(config.lr * (1 + 0.5**0.5) / 2)  # cosine, step 2 of 8
 
 
@@ -307,7 +293,7 @@ real, count = checkpoint.torch.save, 0
 def save(state, path):
     global count
     count += 1
-    if count == 3:
+    if count == 2:
         path.write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     real(state, path)
@@ -322,14 +308,14 @@ def command(*words):
 
 
 def test_kill_9_in_the_middle_of_a_checkpoint(tmp_path):
-    """The whole command line: killed while it writes the third checkpoint, then resumed."""
-    words = ["--data", "digits", "--epochs", 4, "--threads", 1, "--workers", 0, "--no-clae"]
+    """The whole command line: killed while it writes the second checkpoint, then resumed."""
+    words = ["--data", "digits", "--epochs", 3, "--threads", 1, "--workers", 0, "--no-clae"]
     subprocess.run(command(*words, "--output", tmp_path / "whole"), check=True)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, "pretrain", *map(str, words), "--output", tmp_path / "cut"]
     )
     assert killed.returncode == -signal.SIGKILL
-    assert len(checkpoints(tmp_path / "cut")) == 2
+    assert len(checkpoints(tmp_path / "cut")) == 1
     subprocess.run(command("--resume", tmp_path / "cut"), check=True)
     whole, cut = (
         json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut")
@@ -337,9 +323,8 @@ def test_kill_9_in_the_middle_of_a_checkpoint(tmp_path):
     for key in ("epoch_losses", "knn_accuracy"):
         assert whole[key] == cut[key]
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert (tmp_path / "cut" / "encoder.safetensors").read_bytes() == (
-        tmp_path / "whole" / "encoder.safetensors"
-    ).read_bytes()
+    weights = [load_run(tmp_path / name).model.state_dict() for name in ("whole", "cut")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     left = [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()]
     assert all(name.isdigit() for name in left)
 

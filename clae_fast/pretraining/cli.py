@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .config import METHOD_NAMES, ConfigError, PretrainConfig
-from .options import add_settings, given_settings, option_of
+from .options import add_command, add_settings, given_settings, option_of
 from .presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -47,14 +47,12 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser:
     """Register `pretrain`; `args.run(args)` then returns the exit code."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "pretrain",
-        help="train an encoder with or without CLAE and evaluate it by kNN",
-        usage=f"{PROG} [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = add_command(
+        subparsers,
+        PROG,
+        "train an encoder with or without CLAE and evaluate it by kNN",
+        DESCRIPTION,
+        EPILOG,
     )
     run_group = parser.add_argument_group("run")
     run_group.add_argument(

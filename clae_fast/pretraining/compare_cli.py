@@ -9,7 +9,7 @@ from typing import Any
 
 from .cli import answer, fail, missing_extras
 from .config import ConfigError, PretrainConfig
-from .options import add_settings, given_settings
+from .options import add_command, add_settings, given_settings
 from .presets import PRESETS, preset
 
 PROG = "clae-fast compare"
@@ -34,14 +34,12 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser:
     """Register `compare`; `args.run(args)` then returns the exit code."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "compare",
-        help="train and time the baseline and every kind of CLAE step side by side",
-        usage=f"{PROG} [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = add_command(
+        subparsers,
+        PROG,
+        "train and time the baseline and every kind of CLAE step side by side",
+        DESCRIPTION,
+        EPILOG,
     )
     group = parser.add_argument_group("comparison")
     add = group.add_argument

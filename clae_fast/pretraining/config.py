@@ -229,7 +229,9 @@ class PretrainConfig:
     knn_every: int = _setting(
         0, _RECORDS, "N", "weighted kNN accuracy every N epochs; 0: only at the end"
     )
-    log_every: int = _setting(10, _RECORDS, "N", "a line of metrics.jsonl every N steps")
+    log_every: int = _setting(
+        10, _RECORDS, "N", "a line of metrics.jsonl every N steps, and one for each epoch"
+    )
     checkpoint_every: int = _setting(
         1, _RECORDS, "N", "a checkpoint every N epochs, the last two kept; 0: only on Ctrl-C"
     )

@@ -25,6 +25,9 @@ def curves_figure(lines: Sequence[dict[str, Any]], path: str | Path, *, title: s
     from matplotlib.ticker import MaxNLocator
 
     steps = [line for line in lines if line["event"] == "step"]
+    # A contrastive loss depends on the size of the batch: a shorter last one is no step down.
+    batch = max((s["batch"] for s in steps), default=0)
+    steps = [s for s in steps if s["batch"] == batch]
     epochs = [line for line in lines if line["event"] == "epoch"]
     accuracies = [(e["epoch"], e["knn_accuracy"]) for e in epochs if "knn_accuracy" in e]
     # Steps become fractions of an epoch, so that all panels share one axis.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import answer, fail, missing_extras
 from .config import ConfigError
+from .options import add_command
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -30,14 +31,13 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser:
     """Register `evaluate`; `args.run(args)` then returns the exit code."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "evaluate",
-        help="kNN, linear probes and export of a trained encoder",
-        usage=f"{PROG} RUN [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = add_command(
+        subparsers,
+        PROG,
+        "kNN, linear probes and export of a trained encoder",
+        DESCRIPTION,
+        EPILOG,
+        arguments="RUN ",
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="RUN", help="folder of a run of `clae-fast pretrain`")

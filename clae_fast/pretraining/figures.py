@@ -49,7 +49,7 @@ def adversarial_figure(
     rows = (
         ("view i", "the image attacked", examples.x_i),
         ("view j", "the other view", examples.x_j),
-        ("adversarial", "shown within black and white", examples.x_adv),
+        ("adversarial", "clipped to black and white", examples.x_adv),
         ("perturbation", f"amplified \u00d7 {factor:g}", 0.5 + factor * delta),
     )
     count = len(examples.x_i)

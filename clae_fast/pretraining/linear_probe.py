@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .probe import check_features
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -28,9 +30,9 @@ class ProbeResult:
 
 
 def logistic_probe(
-    train: torch.Tensor,
+    train_features: torch.Tensor,
     train_labels: torch.Tensor,
-    test: torch.Tensor,
+    test_features: torch.Tensor,
     test_labels: torch.Tensor,
     *,
     c: float = 1.0,
@@ -41,9 +43,9 @@ def logistic_probe(
         min_W  1/2 |W|^2 + c sum_n -log softmax(W x_n + b)_{y_n}
 
     Args:
-        train: (N, F) features.
+        train_features: (N, F) features.
         train_labels: (N,) int64, at least two classes.
-        test: (M, F); every one is counted.
+        test_features: (M, F); every one is counted.
         test_labels: (M,) int64.
         c: inverse strength of the penalty.
         max_iter: of L-BFGS.
@@ -56,20 +58,20 @@ def logistic_probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    _check(train, train_labels, test, test_labels)
+    _check(train_features, train_labels, test_features, test_labels)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(train.numpy(), train_labels.numpy())
+        model.fit(train_features.numpy(), train_labels.numpy())
     converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    accuracy = float(model.score(test.numpy(), test_labels.numpy()))
+    accuracy = float(model.score(test_features.numpy(), test_labels.numpy()))
     return ProbeResult(accuracy, converged=converged)
 
 
 def adam_probe(
-    train: torch.Tensor,
+    train_features: torch.Tensor,
     train_labels: torch.Tensor,
-    test: torch.Tensor,
+    test_features: torch.Tensor,
     test_labels: torch.Tensor,
     *,
     epochs: int = 1000,
@@ -86,9 +88,9 @@ def adam_probe(
     The global random state is left alone.
 
     Args:
-        train: (N, F) features.
+        train_features: (N, F) features.
         train_labels: (N,) int64, 0 to C-1.
-        test: (M, F).
+        test_features: (M, F).
         test_labels: (M,) int64; a class that train lacks counts as wrong.
         epochs: passes over the training features.
         batch_size: features in a step.
@@ -102,53 +104,49 @@ def adam_probe(
 
     Source: the published code of Ho & Vasconcelos, NeurIPS 2020, `SimCLR/eval_lr.py`.
     """
-    _check(train, train_labels, test, test_labels)
+    _check(train_features, train_labels, test_features, test_labels)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
     device = torch.device(device)
-    train, train_labels, test, test_labels = (
-        t.to(device) for t in (train.float(), train_labels, test.float(), test_labels)
+    train_features, train_labels, test_features, test_labels = (
+        t.to(device)
+        for t in (train_features.float(), train_labels, test_features.float(), test_labels)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = nn.Linear(train.shape[1], int(train_labels.max()) + 1).to(device)
+        model = nn.Linear(train_features.shape[1], int(train_labels.max()) + 1).to(device)
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, foreach=True)
     correct = []
     for _ in range(epochs):
-        permutation = torch.randperm(len(train), generator=order).to(device)
+        permutation = torch.randperm(len(train_features), generator=order).to(device)
         for chosen in permutation.split(batch_size):
             optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(train[chosen]), train_labels[chosen])
+            loss = F.cross_entropy(model(train_features[chosen]), train_labels[chosen])
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            correct.append((model(test).argmax(1) == test_labels).sum())
+            correct.append((model(test_features).argmax(1) == test_labels).sum())
         if progress is not None:
             progress()
-    history = tuple(n / len(test) for n in torch.stack(correct).tolist())
+    history = tuple(n / len(test_features) for n in torch.stack(correct).tolist())
     best = max(history)
     return ProbeResult(history[-1], best, history.index(best) + 1, history)
 
 
 def _check(
-    train: torch.Tensor,
+    train_features: torch.Tensor,
     train_labels: torch.Tensor,
-    test: torch.Tensor,
+    test_features: torch.Tensor,
     test_labels: torch.Tensor,
 ) -> None:
-    for what, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        if features.dim() != 2 or len(features) != len(labels) or len(labels) == 0:
-            raise ValueError(
-                f"{what} and {what}_labels: expected (N, F) and (N,), got "
-                f"{tuple(features.shape)} and {tuple(labels.shape)}"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"{what}_labels: expected torch.int64, got {labels.dtype}")
-        if not torch.isfinite(features).all():
-            raise ValueError(f"{what}: expected finite numbers, got NaN or Inf")
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(f"test: expected features of width {train.shape[1]}, got {test.shape[1]}")
+    check_features("train", train_features, train_labels)
+    check_features("test", test_features, test_labels)
+    if train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            f"test_features: expected width {train_features.shape[1]}, that of train_features, "
+            f"got {test_features.shape[1]}"
+        )
     if len(train_labels.unique()) < 2:
         raise ValueError("train_labels: expected at least two classes, got one")

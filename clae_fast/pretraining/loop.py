@@ -285,8 +285,8 @@ class _Run:
             self.seconds, start = self.seconds + now - start, now
             self.step += 1
             self.bar.update(self.epoch, len(x_i), self.monitor.last)
-            if self.step % config.log_every == 0 or self.step == num_steps:
-                self._log_step(out.clean_loss, out.adversarial_loss, num_steps)
+            if self._global_step() % config.log_every == 0:
+                self._log_step(out.clean_loss, out.adversarial_loss, len(x_i), num_steps)
             if self.step < num_steps and interrupted():
                 self._stop(folder, num_steps)
         self.monitor.check_weights(self.epoch)
@@ -311,10 +311,10 @@ class _Run:
         self.metrics.write("epoch", self._global_step(), **values)
 
     def _log_step(
-        self, clean: torch.Tensor, adversarial: torch.Tensor | None, num_steps: int
+        self, clean: torch.Tensor, adversarial: torch.Tensor | None, batch: int, num_steps: int
     ) -> None:
         self.monitor.read(self.epoch, num_steps)
-        values = {"epoch": self.epoch + 1, "loss": self.monitor.last}
+        values = {"epoch": self.epoch + 1, "batch": batch, "loss": self.monitor.last}
         if adversarial is not None:
             values |= {"clean_loss": float(clean), "adversarial_loss": float(adversarial)}
         lr = self.optimizer.param_groups[0]["lr"]

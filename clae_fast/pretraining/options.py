@@ -40,6 +40,27 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = (
             group.add_argument(option, type=kind, metavar=field.metadata["metavar"], **common)
 
 
+def add_command(
+    subparsers: argparse._SubParsersAction[Any],
+    prog: str,
+    summary: str,
+    description: str,
+    epilog: str,
+    arguments: str = "",
+) -> argparse.ArgumentParser:
+    """The parser of one command; its options must be written out in full."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        prog.rpartition(" ")[2],
+        help=summary,
+        usage=f"{prog} {arguments}[options]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that the command line gave."""
     return {f.name: getattr(args, f.name) for f in fields(PretrainConfig) if hasattr(args, f.name)}

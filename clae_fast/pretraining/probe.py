@@ -113,6 +113,19 @@ def _encode(
     return torch.cat(features), torch.cat(projections) if projections else torch.empty(0)
 
 
+def check_features(what: str, features: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raises a ValueError unless features are (N, F), finite, and labels (N,) int64, N >= 1."""
+    if features.dim() != 2 or len(features) != len(labels) or len(labels) == 0:
+        raise ValueError(
+            f"{what}_features and {what}_labels: expected (N, F) and (N,) with N >= 1, got "
+            f"{tuple(features.shape)} and {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{what}_labels: expected torch.int64, got {labels.dtype}")
+    if not torch.isfinite(features).all():
+        raise ValueError(f"{what}_features: expected finite numbers, got NaN or Inf")
+
+
 @torch.no_grad()
 def weighted_knn(
     train_features: torch.Tensor,
@@ -143,19 +156,8 @@ def weighted_knn(
     Source: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance
     Discrimination", section 3.4; k = 200 and sigma = 0.1 as CLAE evaluates Plain and UEL.
     """
-    for what, features, labels in (
-        ("train", train_features, train_labels),
-        ("test", test_features, test_labels),
-    ):
-        if len(features) != len(labels) or len(labels) == 0:
-            raise ValueError(
-                f"{what}_features and {what}_labels: expected the same length, at least 1, "
-                f"got {len(features)} and {len(labels)}"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"{what}_labels: expected torch.int64, got {labels.dtype}")
-        if not torch.isfinite(features).all():
-            raise ValueError(f"{what}_features: expected finite numbers, got NaN or Inf")
+    check_features("train", train_features, train_labels)
+    check_features("test", test_features, test_labels)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
     bank = F.normalize(train_features, dim=1)
