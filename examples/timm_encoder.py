@@ -6,10 +6,10 @@ Run:     python examples/timm_encoder.py                    (four minutes on 2 C
          python examples/timm_encoder.py --model vit_tiny_patch16_224 --lr 3e-4 \
              --model-kwargs img_size=28 patch_size=7
 
-Which models: those with nn.BatchNorm2d (resnet*) get their auxiliary twins; those without BatchNorm
-(vit*, convnext*, *_gn) need none and share every layer. Those with timm's BatchNormAct2d
-(efficientnet*, mobilenet*, regnet*, resnetv2*) end in an error that names the layer: it is a
-BatchNorm with an activation inside, and clae_fast converts only what it knows exactly.
+Which models: nn.BatchNorm2d (resnet18 to resnet152, vgg11_bn) gets its auxiliary twin; a model
+without BatchNorm (most vit_*, convnext_*, *_gn) needs none, it shares every layer. One with timm's
+BatchNormAct2d (most efficientnet_*, mobilenet*, regnet*, resnetv2_*) ends in an error that names the
+layer: that is a BatchNorm with an activation inside, and clae_fast converts what it knows exactly.
 """
 
 import argparse
@@ -46,9 +46,8 @@ def main(argv: list[str] | None = None) -> float:
     plain = v2.Compose(
         [v2.Resize(args.size), v2.ToDtype(torch.float32, True), v2.Normalize(data.mean, data.std)]
     )
-    view = v2.Compose(
-        [v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.2)), v2.ColorJitter(0.7, 0.7), plain]
-    )
+    affine = v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2))
+    view = v2.Compose([affine, v2.ColorJitter(0.7, 0.7), plain])
 
     def two_views(images: list[Tensor]) -> list[Tensor]:
         return [torch.stack([view(x) for x in images]) for _ in range(2)]

@@ -171,7 +171,7 @@ def test_a_class_that_training_lacks_counts_as_wrong():
 def test_wrong_probe_arguments_are_named():
     x, y = clouds(20)
     for arguments, message in (
-        ((x, y[:5], x, y), r"train_features and train_labels: expected \(N, F\) and \(N,\), got"),
+        ((x, y[:5], x, y), r"train_features and train_labels: expected \(N, F\) and \(N,\) with"),
         ((x, y, x[:0], y[:0]), "test_features and test_labels: expected"),
         ((x, y.float(), x, y), "train_labels: expected torch.int64"),
         ((x * math.nan, y, x, y), "train_features: expected finite numbers"),
