@@ -7,9 +7,9 @@ Run:     python examples/timm_encoder.py                    (four minutes on 2 C
              --model-kwargs img_size=28 patch_size=7
 
 Which models: nn.BatchNorm2d (resnet18 to resnet152, vgg11_bn) gets its auxiliary twin; a model
-without BatchNorm (most vit_*, convnext_*, *_gn) needs none, it shares every layer. One with timm's
-BatchNormAct2d (most efficientnet_*, mobilenet*, regnet*, resnetv2_*) ends in an error that names the
-layer: that is a BatchNorm with an activation inside, and clae_fast converts what it knows exactly.
+without BatchNorm (most vit_*, convnext_*, *_gn) needs none and shares every layer. One with timm's
+BatchNormAct2d (most efficientnet_*, mobilenet*, regnet*, resnetv2_*) ends in an error with the name
+of the layer: a BatchNorm that contains an activation is none that clae_fast knows.
 """
 
 import argparse

@@ -117,9 +117,7 @@ def test_weights_load_into_ordinary_models(runs):
         saved = torch.load(runs[key].output)
         model.load_state_dict(saved)
         trained = runs[key].encoder.state_dict()
-        prefix = (
-            "" if key == "bare_pytorch" else "0."
-        )  # timm: the backbone of (backbone, projector)
+        prefix = "" if key == "bare_pytorch" else "0."  # the backbone before the projector
         assert all(torch.equal(value, trained[prefix + name]) for name, value in saved.items())
 
 
@@ -201,4 +199,4 @@ def test_each_script_is_short_and_listed():
     assert [s.stem for s in scripts] == sorted(EXAMPLES)
     for script in scripts:
         assert script.name in listed
-        assert len(script.read_text().splitlines()) <= 90
+        assert len(script.read_text().splitlines()) < 90

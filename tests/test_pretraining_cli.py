@@ -64,6 +64,7 @@ def small(monkeypatch, subset):
         (["--encoder", "os:getcwd"], "--encoder os:getcwd: expected a function that returns an nn"),
         (["--device", "cuda:7"], "--device cuda:7: expected a device that is here"),
         (["--accumulate", "2"], "--accumulate 2: expected 1 with this encoder (BatchNorm"),
+        (["--attack", "published", "--precision", "float16"], "--attack published: expected exac"),
         (["--attack", "published", "--accumulate", "2"], "--accumulate 2: expected 1 with this"),
         (
             ["--resume", "nowhere"],

@@ -14,6 +14,7 @@ from torch import nn
 
 from clae_fast.pretraining import (
     CheckpointError,
+    ConfigError,
     ContrastiveModel,
     Interrupted,
     NonFiniteLossError,
@@ -270,6 +271,21 @@ def test_a_checkpoint_of_other_data_is_refused(subset, tmp_path):
     )
     with pytest.raises(CheckpointError, match="125 training images, there are 124 now"):
         pretrain(settings(epochs=1), data=other, folder=tmp_path, resume=True)
+
+
+def test_resume_with_other_settings_is_refused(subset, tmp_path):
+    pretrain(settings(epochs=1), data=subset, folder=tmp_path)
+    for changes in ({"lr": 0.1}, {"epochs": 2}, {"seed": 4}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))}=.*as the run was started"):
+            pretrain(settings(**{"epochs": 1} | changes), data=subset, folder=tmp_path, resume=True)
+    pretrain(settings(epochs=1, workers=1), data=subset, folder=tmp_path, resume=True)
+
+
+def test_lost_metrics_are_not_replaced_by_zeros(subset, tmp_path):
+    pretrain(settings(epochs=1), data=subset, folder=tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    pretrain(settings(epochs=1), data=subset, folder=tmp_path, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_metrics_keep_the_given_length(tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .config import METHOD_NAMES, ConfigError, PretrainConfig
+from .config import METHOD_NAMES, RESUME_MAY_CHANGE, ConfigError, PretrainConfig
 from .options import add_command, add_settings, given_settings, option_of
 from .presets import PRESETS, preset
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 PROG = "clae-fast pretrain"
 EXTRAS = ("torchvision", "mlxtend", "sklearn", "tqdm", "matplotlib", "safetensors")
-RESUME_MAY_CHANGE = ("data_dir", "download", "memory_gib", "workers", "threads", "device")
 DESCRIPTION = """\
 Train an encoder by contrast, with adversarial examples (CLAE) unless --no-clae is given, then
 compare its weighted kNN accuracy with raw pixels and with the untrained encoder. With the

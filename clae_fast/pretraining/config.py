@@ -21,6 +21,8 @@ PROJECTORS = ("mlp", "linear", "none")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
+# What a resumed run may set anew: where it runs and finds its images.
+RESUME_MAY_CHANGE = ("data_dir", "download", "memory_gib", "workers", "threads", "device")
 Milestones = tuple[tuple[int, float], ...]
 
 
@@ -339,6 +341,10 @@ class PretrainConfig:
             )
         if self.accumulate > 1 and self.clae and self.attack != "exact":
             raise ConfigError("accumulate", self.accumulate, "1 with this attack")
+        if self.clae and self.attack == "published" and self.precision == "float16":
+            raise ConfigError(
+                "attack", self.attack, "exact with float16: its small gradients become 0"
+            )
         epochs = [epoch for epoch, _ in self.milestones]
         good = all(
             isinstance(e, int) and e >= 0 and math.isfinite(f) and f >= 0

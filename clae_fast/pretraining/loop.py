@@ -19,7 +19,7 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from .config import ConfigError, PretrainConfig
+from .config import RESUME_MAY_CHANGE, ConfigError, PretrainConfig
 from .data import ImageData, load_data
 from .encoders import ContrastiveModel, build_encoder
 from .interrupts import Interrupted, deferred_interrupts
@@ -207,6 +207,10 @@ class _Run:
         weights, state = load_checkpoint(found[-1])
         if state.get("version") != STATE_VERSION:
             raise CheckpointError(f"{found[-1]} is of another version of clae_fast")
+        before, now = state["config"], self.config.to_dict()
+        for name, value in now.items():
+            if name not in RESUME_MAY_CHANGE and before.get(name) != value:
+                raise ConfigError(name, value, f"{before.get(name)!r}, as the run was started")
         if state["num_images"] != len(self.data.train_images):
             raise CheckpointError(
                 f"{found[-1]} was made with {state['num_images']} training images, there are "
@@ -246,6 +250,7 @@ class _Run:
         return self.epoch * len(self.batches) + self.step
 
     def _save(self, folder: Path) -> Path:
+        self.metrics.sync()  # a checkpoint never knows of lines that a power cut took
         return save_checkpoint(
             folder, self.encoder.state_dict(), self._state(), self._global_step()
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,8 +46,8 @@ class Metrics:
         path = folder / FILE_NAME
         path.touch()
         self._file = open(path, "r+b")  # noqa: SIM115 (closed by __exit__)
-        self._file.truncate(length)
-        self._file.seek(length)
+        self._file.truncate(min(length, path.stat().st_size))
+        self._file.seek(0, os.SEEK_END)
 
     def __enter__(self) -> Metrics:
         return self
@@ -73,6 +74,11 @@ class Metrics:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{event}/{name}", value, global_step)
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     @property
     def length(self) -> int:

@@ -43,7 +43,8 @@ class Bar:
 
     def update(self, epoch: int, num_images: int, loss: float) -> None:
         self.tqdm.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
-        self.tqdm.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        if loss == loss:  # NaN: not read from the device yet
+            self.tqdm.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self.tqdm.update(num_images)
 
     def end_epoch(self, epoch: int, mean_loss: float) -> None: ...
