@@ -6,8 +6,8 @@ Run:     python examples/timm_encoder.py                    (four minutes on 2 C
          python examples/timm_encoder.py --model vit_tiny_patch16_224 --lr 3e-4 \
              --model-kwargs img_size=28 patch_size=7
 
-Which models: nn.BatchNorm2d (resnet18 to resnet152, resnext50_32x4d) gets its auxiliary twin; a model
-without BatchNorm (most vit_*, convnext_*, *_gn) needs none and shares every layer. One with timm's
+Which models: nn.BatchNorm2d (resnet18 to resnet152) gets its auxiliary twin; a model without
+BatchNorm (most vit_*, convnext_*, *_gn) needs none and shares every layer. One with timm's
 BatchNormAct2d (most efficientnet_*, mobilenet*, regnet*, resnetv2_*) ends in an error with the name
 of the layer: a BatchNorm that contains an activation is none that clae_fast knows.
 """
