@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,12 +38,9 @@ def cifar(name: str, root: Path, *, download: bool = False) -> ImageData:
 
     kind = CIFAR10 if name == "cifar10" else CIFAR100
     where = root / kind.base_folder
-    if download and not where.is_dir():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
+    if download:
+        with _fetching(kind.url, where):  # only what is not there or damaged
             kind(str(root), download=True)
-        except (OSError, RuntimeError) as error:
-            raise _failed(kind.url, where, error) from error
     if not where.is_dir():
         raise _missing(where, kind.url)
     try:
@@ -120,8 +119,7 @@ def tiny_imagenet(root: Path, memory_gib: float = 4.0, *, download: bool = False
 def _download_tiny(root: Path, where: Path) -> None:
     from torchvision.datasets.utils import download_and_extract_archive
 
-    try:
-        root.mkdir(parents=True, exist_ok=True)
+    with _fetching(TINY_URL, where):
         # Beside its place and renamed when whole: a break leaves nothing that looks like the set.
         temporary = Path(tempfile.mkdtemp(dir=root, prefix=".tiny-imagenet-"))
         try:
@@ -129,8 +127,25 @@ def _download_tiny(root: Path, where: Path) -> None:
             os.rename(temporary / TINY, where)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _fetching(url: str, where: Path) -> Iterator[None]:
+    """The parent folder of `where` exists; what fails is one error, and leaves no empty folder."""
+    missing = [p for p in (where.parent, *where.parent.parents) if not p.exists()]
+    where.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
     except (OSError, RuntimeError) as error:
-        raise _failed(TINY_URL, where, error) from error
+        raise ConfigError(
+            "download",
+            True,
+            f"{url} to be reachable ({error}); or unpack it by hand in {where.parent}",
+        ) from error
+    finally:
+        for path in missing:  # the deepest first
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def _missing(where: Path, url: str) -> ConfigError:
@@ -139,10 +154,4 @@ def _missing(where: Path, url: str) -> ConfigError:
         where.parent,
         f"a folder that holds {where.name}: there is no {where}. --download fetches it, or unpack "
         f"{url} there",
-    )
-
-
-def _failed(url: str, where: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        "download", True, f"{url} to be reachable ({error}); or unpack it by hand to {where}"
     )

@@ -203,8 +203,9 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> PretrainConfig:
 def _report(result: PretrainResult, paths: list[Path]) -> None:
     config = result.config
     name = METHOD_NAMES[config.method] + (" with CLAE" if config.clae else "")
+    epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
     print(
-        f"{name} on {result.data}: {config.epochs} epochs in {result.train_seconds:.0f} s, "
+        f"{name} on {result.data}: {epochs} in {result.train_seconds:.0f} s, "
         f"{result.images_per_second:,.0f} images/s\n"
     )
     if result.knn_trained is None:

@@ -32,9 +32,10 @@ def table(comparison: dict[str, Any]) -> str:
     """A Markdown table with what was compared, where, and how often."""
     s, p = comparison["settings"], comparison["provenance"]
     seeds = comparison["seeds"]
+    first = next(iter(comparison["variants"]))
     eps = f"eps {s['eps']:g}" if s["eps"] is not None else f"eps {s['eps_pixels'] * 255:.3g}/255"
     lines = [
-        "| | kNN, % | linear probe, % | ms per step | \u00d7 baseline | encoder forwards | "
+        f"| | kNN, % | linear probe, % | ms per step | \u00d7 {first} | encoder forwards | "
         "memory, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -48,7 +49,8 @@ def table(comparison: dict[str, Any]) -> str:
     lines += [
         "",
         f"{METHOD_NAMES[s['method']]} on {s['data']}, encoder {s['encoder']}, batch "
-        f"{s['batch_size']}, {s['epochs']} epochs, {eps}; accuracy of h at the last epoch, "
+        f"{s['batch_size']}, {s['epochs']} epoch{'s' * (s['epochs'] > 1)}, {eps}; accuracy "
+        f"of h at the last epoch, "
         f"mean \u00b1 standard deviation over {len(seeds)} seed{'s' * (len(seeds) > 1)} "
         f"({', '.join(map(str, seeds))}), the same weights and batches for all rows. Steps: median "
         f"of {comparison['rounds']} interleaved rounds; memory: peak beyond the process before the "

@@ -74,7 +74,8 @@ def option_of(error: ConfigError) -> str:
         pairs = all(isinstance(item, tuple) for item in value)
         texts = [":".join(map(str, item)) if pairs else str(item) for item in value]
         value = ("," if pairs else " ").join(texts) or "none"
-    return f"{option} {value}: expected {error.expected}"
+    shown = "" if value is True else f" {value}"
+    return f"{option}{shown}: expected {error.expected}"
 
 
 def number(text: str) -> float:
