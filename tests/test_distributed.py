@@ -1,6 +1,8 @@
 """Two processes: a CLAE step under DistributedDataParallel gives the averaged gradients."""
 
 import copy
+import gc
+import os
 
 import published
 import pytest
@@ -33,7 +35,13 @@ def worker(rank, folder, attack):
     # The attack runs on the inner module: DDP would wait for weight gradients.
     assert len(forwards) == 6
     torch.save([out.x_adv, [p.grad for p in net.parameters()]], f"{folder}/{rank}.pt")
+    # Under load one process was aborted in gloo's threads: it took them down while the reducer
+    # still held the group and the other process was still at work.
+    dist.barrier()
+    del model, out
+    gc.collect()
     dist.destroy_process_group()
+    os._exit(0)  # all is saved; gloo's threads may outlive the interpreter and abort it
 
 
 @pytest.mark.parametrize("attack", ["exact", "shared"])
