@@ -1,7 +1,7 @@
 r"""CLAE for an encoder of timm, chosen by name, with a projector behind it.
 
 Install: pip install "clae-fast[train]" timm
-Run:     python examples/timm_encoder.py                    (four minutes on 2 CPU cores)
+Run:     python examples/timm_encoder.py                    (five minutes on 2 CPU cores)
          python examples/timm_encoder.py --model convnext_atto --size 32
          python examples/timm_encoder.py --model vit_tiny_patch16_224 --lr 3e-4 \
              --model-kwargs img_size=28 patch_size=7
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> float:
     plain = v2.Compose(
         [v2.Resize(args.size), v2.ToDtype(torch.float32, True), v2.Normalize(data.mean, data.std)]
     )
-    affine = v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2))
+    affine = v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=15)
     view = v2.Compose([affine, v2.ColorJitter(0.7, 0.7), plain])
 
     def two_views(images: list[Tensor]) -> list[Tensor]:

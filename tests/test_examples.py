@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import math
 import os
 import re
 import subprocess
@@ -59,7 +58,7 @@ def runs(tmp_path_factory):
         "bare_pytorch": ("bare_pytorch",),
         "lightly_simclr": ("lightly_simclr",),
         "timm_encoder": ("timm_encoder", "--model", "test_resnet"),
-        "vit": ("timm_encoder", *VIT),
+        "vit": ("timm_encoder", *VIT, "--epochs=16", "--lr=3e-4"),
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small work: on a busy machine threads would wait for one another
@@ -77,11 +76,12 @@ every_run = pytest.mark.parametrize("key", [*EXAMPLES, "vit"])
 
 @every_run
 def test_loss_falls(runs, key):
-    losses = [out.loss.item() for _, _, out in runs[key].steps]
-    assert len(losses) == 8
-    assert all(map(math.isfinite, losses))
-    assert losses[-2] + losses[-1] < losses[0] + losses[1] - 0.1
-    assert runs[key].last == pytest.approx((losses[-2] + losses[-1]) / 2)
+    losses = torch.tensor([out.loss.item() for _, _, out in runs[key].steps])
+    assert len(losses) == (32 if key == "vit" else 8)
+    assert losses.isfinite().all()
+    first, _, _, last = losses.view(4, -1).mean(dim=1)  # single steps are noisy: random views
+    assert last < first - 0.2
+    assert runs[key].last == pytest.approx(float(losses[-2:].mean()))
 
 
 @every_run
