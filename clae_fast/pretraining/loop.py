@@ -357,16 +357,16 @@ class _Run:
             )
             for images in (data.train_images, data.test_images)
         )
-        return weighted_knn(train, data.train_labels, test, data.test_labels)
+        try:
+            return weighted_knn(train, data.train_labels, test, data.test_labels)
+        except ValueError as error:  # weights so large that the features overflow
+            raise NonFiniteLossError(
+                f"the trained encoder's {error}: {cause(self.encoder, self.config)}"
+            ) from error
 
     def _result(self) -> PretrainResult:
         data, config = self.data, self.config
-        try:
-            trained = self._knn()
-        except ValueError as error:  # weights so large that the features overflow
-            raise NonFiniteLossError(
-                f"the trained encoder's {error}: {cause(self.encoder, config)}"
-            ) from error
+        trained = self._knn()
         pixels = None
         if data.train_labels is not None and data.test_labels is not None:
             pixels = weighted_knn(

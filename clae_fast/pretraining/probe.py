@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,17 +56,20 @@ def encode_both(
 
     Args:
         encoder: on `device`.
-        images: (N, C, H, W) uint8, or a sequence of (C, H, W) uint8 images of any size.
+        images: (N, C, H, W) uint8, or a sequence of (C, H, W) uint8 images of any size; N >= 1.
         mean, std: per channel, of pixels scaled to [0, 1].
         batch_size: images in one forward; bounds the memory, not the result.
         image_size: side of what the encoder sees (see `evaluation_view`); None: as they are.
         device: None: that of the encoder.
+
+    Raises:
+        ValueError: no images.
     """
     return _encode(encoder, images, mean, std, batch_size, image_size, device, encoder.projector)
 
 
 def encode_images(
-    encoder: ContrastiveModel,
+    encoder: nn.Module,
     images: Images,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -74,13 +78,16 @@ def encode_images(
     image_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """`encode_both` without the projector: h (N, F)."""
+    """Features (N, F) of all images, each encoded once; otherwise as `encode_both`.
+
+    h of an encoder with a method `encode` (the projector is left out), the output of any other.
+    """
     return _encode(encoder, images, mean, std, batch_size, image_size, device, None)[0]
 
 
 @torch.no_grad()
 def _encode(
-    encoder: ContrastiveModel,
+    encoder: nn.Module,
     images: Images,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -89,6 +96,9 @@ def _encode(
     device: torch.device | str | None,
     projector: nn.Module | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image, got none")
+    encode = getattr(encoder, "encode", encoder)
     if device is None:
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     normalize = v2.Normalize(list(mean), list(std))
@@ -104,7 +114,7 @@ def _encode(
             else:
                 views = [evaluation_view(image.float() / 255, image_size) for image in batch]
                 x = torch.stack(views).to(device)
-            h = encoder.encode(normalize(x))
+            h = encode(normalize(x))
             features.append(h.float().cpu())
             if projector is not None:
                 projections.append(projector(h).float().cpu())
@@ -151,7 +161,8 @@ def weighted_knn(
         chunk: test rows at a time: memory is O(chunk * N).
 
     Raises:
-        ValueError: features that are not finite, or lengths that do not match.
+        ValueError: features that are not finite, lengths that do not match, k or sigma that is
+            not positive.
 
     Source: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance
     Discrimination", section 3.4; k = 200 and sigma = 0.1 as CLAE evaluates Plain and UEL.
@@ -160,6 +171,8 @@ def weighted_knn(
     check_features("test", test_features, test_labels)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+    if not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
+        raise ValueError(f"sigma: expected a positive number, got {sigma!r}")
     bank = F.normalize(train_features, dim=1)
     num_classes = int(train_labels.max()) + 1
     correct = 0
