@@ -48,7 +48,7 @@ def test_published_and_exact_agree(compared):
         for name in ("published", "exact")
     ]
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_weights_and_batches_for_all(subset, tmp_path, monkeypatch):
@@ -217,7 +217,10 @@ def test_the_command(capsys, tmp_path, monkeypatch, subset):
         (["--seeds", "1", "1"], "--seeds 1 1: expected at least one seed, each once"),
         (["--variants", "x"], "--variants x: expected one of baseline, published"),
         (["--preset", "x"], "--preset x: expected one of plain-cifar10"),
-        (["--accumulate", "2"], "--accumulate 2: expected 1 with this attack"),
+        (
+            ["--accumulate", "2"],
+            "--variants published: expected others with these settings (accumulate=2",
+        ),
     ],
 )
 def test_wrong_options(words, message, capsys, tmp_path, monkeypatch, subset):

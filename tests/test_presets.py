@@ -76,7 +76,9 @@ def test_overrides():
     assert (c.epochs, c.eps, c.eps_pixels) == (3, None, 8 / 255)
     assert preset("plain-cifar10", schedule="cosine").milestones == ()
     assert preset("plain-cifar10", milestones=((2, 0.5),)).milestones == ((2, 0.5),)
-    with pytest.raises(ConfigError, match="eps_pixels=0.1: expected one of eps and eps_pixels"):
+    with pytest.raises(
+        ConfigError, match="eps_pixels=0.1: expected one size of the attack, and eps"
+    ):
         preset("simclr-cifar10", eps=0.1, eps_pixels=0.1)
 
 

@@ -57,8 +57,11 @@ def small(monkeypatch, subset):
         (["--temperature", "0"], "--temperature 0.0: expected a finite number above 0"),
         (["--data", "cifar99"], "--data cifar99: expected one of mnist5k, digits, cifar10"),
         (["--preset", "simclr"], "--preset simclr: expected one of plain-cifar10, uel-cifar10"),
-        (["--eps", "1/2", "--eps-pixels", "8/255"], "--eps-pixels 0.031"),
-        (["--milestones", "9:0.1"], "--milestones 9:0.1: expected milestones with schedule=step"),
+        (
+            ["--eps", "1/2", "--eps-pixels", "8/255"],
+            "--eps-pixels 8/255: expected one size of the attack",
+        ),
+        (["--milestones", "9:0.1"], "--milestones 9:0.1: expected schedule step beside them"),
         (["--encoder", "resnet19"], "--encoder resnet19: expected small, resnet18-cifar, module"),
         (["--encoder", "no_such:thing"], "--encoder no_such:thing: expected a function that impo"),
         (["--encoder", "os:getcwd"], "--encoder os:getcwd: expected a function that returns an nn"),

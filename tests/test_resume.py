@@ -151,7 +151,9 @@ def test_resume_without_a_checkpoint_starts_anew(subset, tmp_path):
 def test_a_fresh_run_replaces_what_an_earlier_one_left(subset, tmp_path):
     pretrain(settings(epochs=2), data=subset, folder=tmp_path)
     (tmp_path / "result.json").write_text("{}")
-    pretrain(settings(epochs=1, seed=1), data=subset, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"folder=.*expected a folder without a run"):
+        pretrain(settings(epochs=1, seed=1), data=subset, folder=tmp_path)
+    pretrain(settings(epochs=1, seed=1), data=subset, folder=tmp_path, overwrite=True)
     assert [int(path.name) for path in checkpoints(tmp_path)] == [4]
     assert not (tmp_path / "result.json").exists()
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
@@ -189,6 +191,21 @@ def test_tensorboard_holds_the_same_numbers(subset, tmp_path):
     ours = [(x["step"], x["loss"]) for x in read_metrics(tmp_path) if x["event"] == "step"]
     assert [step for step, _ in board] == [step for step, _ in ours]
     assert [v for _, v in board] == pytest.approx([v for _, v in ours], rel=1e-6)
+
+
+def test_tensorboard_of_a_resumed_run_has_every_step_once(subset, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = settings(epochs=2, tensorboard=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            pretrain(config, data=subset, folder=tmp_path)
+    pretrain(config, data=subset, folder=tmp_path, resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("step/loss")] == list(range(1, 9))
+    assert [e.step for e in events.Scalars("epoch/loss")] == [4, 8]
 
 
 def test_missing_tensorboard_is_named(subset, tmp_path, monkeypatch):
@@ -269,7 +286,7 @@ def test_a_checkpoint_of_other_data_is_refused(subset, tmp_path):
     other = dataclasses.replace(
         subset, train_images=subset.train_images[1:], train_labels=subset.train_labels[1:]
     )
-    with pytest.raises(CheckpointError, match="125 training images, there are 124 now"):
+    with pytest.raises(CheckpointError, match="num_images 125, these have 124"):
         pretrain(settings(epochs=1), data=other, folder=tmp_path, resume=True)
 
 
@@ -355,12 +372,10 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(number, tmp_path):
         # A shell starts its background jobs with SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    assert process.stderr.readline().startswith("mnist5k: 4,000 training images and 1,000 test")
     first = process.stderr.readline()  # training has begun: an epoch is over
     time.sleep(0.3)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does: the worker gets it too
-    else:
-        process.send_signal(number)
+    os.killpg(process.pid, number)  # as terminals and job schedulers do: the worker gets it too
     _, rest = process.communicate(timeout=60)
     assert first.startswith("epoch 1/10")
     assert process.returncode == 130

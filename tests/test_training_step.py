@@ -111,7 +111,7 @@ def test_accumulation_holds_one_part_at_a_time():
 def test_accumulation_is_refused_where_it_is_not_exact():
     with pytest.raises(ConfigError, match="accumulate=2: expected 1 with this encoder .BatchNorm"):
         make(settings(accumulate=2), small)
-    with pytest.raises(ConfigError, match="randomness such as dropout"):
+    with pytest.raises(ConfigError, match="it draws random numbers, as dropout"):
         make(settings(accumulate=2), lambda: Independent(dropout=0.5))
 
     class Centred(nn.Module):

@@ -43,12 +43,22 @@ def check_independent(encoder: nn.Module, image: torch.Size, parts: int) -> None
     parameter = next(encoder.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, *image, generator=generator).to(parameter.device, parameter.dtype)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        whole, again = trial(x), trial(x)
+    cuda = [parameter.device] if parameter.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        before = _random_states(cuda)
+        whole = trial(x)
+        # Not whether two results differ: a mask that is rarely drawn would pass.
+        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(cuda), strict=True))
         apart = torch.cat([trial(x[:2]), trial(x[2:])])
-    for other, reason in ((again, "it has randomness such as dropout"), (apart, "images couple")):
-        if not torch.allclose(whole, other, rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
-            raise ConfigError("accumulate", parts, expected.format(reason))
+    if drew:
+        reason = "it draws random numbers, as dropout does"
+        raise ConfigError("accumulate", parts, expected.format(reason))
+    if not torch.allclose(whole, apart, rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
+        raise ConfigError("accumulate", parts, expected.format("images couple"))
+
+
+def _random_states(cuda: list[torch.device]) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 
 
 def accumulated_step(

@@ -98,12 +98,18 @@ def tiny_imagenet(root: Path, memory_gib: float = 4.0, *, download: bool = False
         labels += [label] * len(own)
     test_files: list[Path] = []
     test_labels: list[int] = []
-    for line in annotations.read_text().splitlines():
-        file_name, wnid = line.split("\t")[:2]
+    for line in filter(str.strip, annotations.read_text().splitlines()):
+        file_name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in wnids:
+            raise ConfigError(
+                "data_dir", annotations, f"lines of a file, a tab and a class, got {line!r}"
+            )
         test_files.append(where / "val" / "images" / file_name)
         test_labels.append(wnids.index(wnid))
-    images, kept, skipped = read_images(files, where, memory_gib)
-    test_images, test_kept, test_skipped = read_images(test_files, where, memory_gib)
+    both = read_images([*files, *test_files], where, memory_gib)  # one budget for both
+    (images, kept), (test_images, test_kept) = both.split(len(files))
+    skipped = both.skipped
     return ImageData(
         "tiny-imagenet",
         images,
@@ -112,7 +118,8 @@ def tiny_imagenet(root: Path, memory_gib: float = 4.0, *, download: bool = False
         torch.tensor(test_labels, dtype=torch.int64)[test_kept],
         MEAN,
         STD,
-        (*skipped, *test_skipped),
+        tuple(skipped),
+        size=64,  # also where they are not in memory
     )
 
 
@@ -149,6 +156,8 @@ def _fetching(url: str, where: Path) -> Iterator[None]:
 
 
 def _missing(where: Path, url: str) -> ConfigError:
+    if where.parent.name == where.name:
+        return ConfigError("data_dir", where.parent, f"the folder above it, {where.parent.parent}")
     return ConfigError(
         "data_dir",
         where.parent,

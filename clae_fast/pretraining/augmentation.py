@@ -102,5 +102,7 @@ def view_size(config: PretrainConfig, data: ImageData) -> int:
     """Side of the views in pixels: as set, else that of the images, 224 where they differ."""
     if config.image_size is not None:
         return config.image_size
+    if data.size is not None:
+        return data.size
     images = data.train_images
     return images.shape[-1] if isinstance(images, torch.Tensor) and config.data != "folder" else 224

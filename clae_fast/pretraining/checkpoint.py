@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FOLDER = "checkpoints"
+from .files import CHECKPOINTS
+
 KEEP = 2
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 
@@ -35,12 +37,12 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    parent = run_folder / FOLDER
+    parent = run_folder / CHECKPOINTS
     parent.mkdir(exist_ok=True)
     target = parent / f"{step:09d}"
     if target.exists():
         return target
-    for leftover in parent.glob(".*"):  # of a kill
+    for leftover in [*parent.glob(".new-*"), *parent.glob(".old-*")]:  # of a kill
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
     os.chmod(temporary, 0o755)
@@ -62,7 +64,7 @@ def save_checkpoint(
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    parent = run_folder / FOLDER
+    parent = run_folder / CHECKPOINTS
     if not parent.is_dir():
         return []
     return sorted(p for p in parent.iterdir() if p.is_dir() and p.name.isdigit())
@@ -81,14 +83,35 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         weights = load_file(path / WEIGHTS)
         name = STATE
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # unreadable in whatever way
-        raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+    except Exception as error:  # unreadable in whatever way; the rest is advice to developers
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path / name} cannot be read: {reason}") from error
     return weights, state
 
 
+def load_newest(found: list[Path]) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
+    """(path, weights, state) of the last one that can be read; a warning names a damaged one.
+
+    Raises:
+        CheckpointError: none of them can be read.
+    """
+    for path in reversed(found):
+        try:
+            return path, *load_checkpoint(path)
+        except CheckpointError as error:
+            if path == found[0]:
+                raise
+            warnings.warn(f"{error}; going on from the one before", stacklevel=2)
+    raise CheckpointError("there is no checkpoint")
+
+
 def remove_checkpoints(run_folder: Path) -> None:
-    """All of a run's."""
-    shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
+    """All of a run's, and nothing else that may lie beside them."""
+    parent = run_folder / CHECKPOINTS
+    for path in [*checkpoints(run_folder), *parent.glob(".new-*"), *parent.glob(".old-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    if parent.is_dir() and not any(parent.iterdir()):
+        parent.rmdir()
 
 
 def separate(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

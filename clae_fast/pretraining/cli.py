@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .config import METHOD_NAMES, RESUME_MAY_CHANGE, ConfigError, PretrainConfig
-from .options import add_command, add_settings, given_settings, option_of
+from .files import RESULT, holds_run
+from .options import (
+    add_command,
+    add_settings,
+    given_settings,
+    option_name,
+    option_of,
+    without_effect,
+)
 from .presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -131,6 +139,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume is None:
         config = preset(args.preset, **given) if args.preset else PretrainConfig(**given)
         folder = _output_folder(args, config)
+        for name, why in without_effect(config, given).items():
+            warnings.warn(f"{option_name(name)} has no effect {why}", stacklevel=2)
     if reason := missing_extras():
         return fail(PROG, 1, reason)
     if args.resume is not None:
@@ -149,7 +159,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume is not None and not checkpoints(folder):
         print(f"{PROG}: {folder} has no checkpoint yet, starting anew", file=sys.stderr)
     try:
-        result = pretrain(config, progress=True, folder=folder, resume=args.resume is not None)
+        result = pretrain(
+            config,
+            progress=True,
+            folder=folder,
+            resume=args.resume is not None,
+            overwrite=args.overwrite,
+        )
         paths = write_result(result, folder)
     except (NonFiniteLossError, CheckpointError, OSError, ImportError) as error:
         return fail(PROG, 1, str(error))
@@ -160,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
 def _output_folder(args: argparse.Namespace, config: PretrainConfig) -> Path:
     if args.output is not None:
         folder: Path = args.output
-        if _holds_run(folder) and not args.overwrite:
+        if holds_run(folder) and not args.overwrite:
             raise ConfigError(
                 "output", folder, "a folder without a run (--overwrite replaces it, --resume DIR "
                 "goes on with it)",
@@ -170,17 +186,11 @@ def _output_folder(args: argparse.Namespace, config: PretrainConfig) -> Path:
     if args.overwrite:
         return Path("runs") / name
     numbered = (Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
-    return next(folder for folder in numbered if not _holds_run(folder))
-
-
-def _holds_run(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        (folder / name).exists() for name in ("config.json", "result.json", "checkpoints")
-    )
+    return next(folder for folder in numbered if not holds_run(folder))
 
 
 def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> PretrainConfig:
-    from .runs import RESULT, read_config
+    from .runs import read_config
 
     folder: Path = args.resume
     for option in ("preset", "output"):
@@ -196,7 +206,10 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> PretrainConfig:
     except ConfigError as error:
         raise ConfigError("resume", folder, error.expected) from error
     if (folder / RESULT).exists():
-        raise ConfigError("resume", folder, "a run that is not finished")
+        raise ConfigError(
+            "resume", folder, "a run that is not finished (to train longer, start one with more "
+            "epochs)",
+        )  # fmt: skip
     return replace(config, **given)
 
 
@@ -217,8 +230,8 @@ def _report(result: PretrainResult, paths: list[Path]) -> None:
             f"  untrained encoder  {result.knn_untrained:6.1%}\n"
             f"  trained encoder    {result.knn_trained:6.1%}"
         )
-        if result.knn_history:
-            epoch, best = max(result.knn_history, key=lambda pair: pair[1])
+        if result.best_knn is not None:
+            epoch, best = result.best_knn
             print(f"  best epoch         {best:6.1%}  (epoch {epoch}: chosen on the test images)")
         print()
     for path in paths:

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import checkpoints
-from .config import ConfigError, PretrainConfig
+from .config import VARIANTS, ConfigError, PretrainConfig
 from .data import ImageData, load_data
-from .files import write_whole
+from .files import holds_run, write_whole
 from .linear_probe import logistic_probe
 from .loop import pretrain
 from .machine import choose_device
@@ -23,12 +22,6 @@ from .result import PretrainResult
 from .runs import read_config
 from .step_cost import step_costs
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "baseline": {"clae": False, "attack": "exact"},
-    "published": {"clae": True, "attack": "published"},
-    "exact": {"clae": True, "attack": "exact"},
-    "shared": {"clae": True, "attack": "shared"},
-}
 ACCURACIES = "accuracies.json"
 
 
@@ -58,9 +51,10 @@ def compare(
         progress: show each run's progress on stderr.
 
     Returns:
-        {"settings", "seeds", "variants": {name: {"knn", "linear_probe" (a value a seed),
-        "seconds_per_step", "ratio", "forwards_per_step", "memory_bytes", "train_seconds"}},
-        "provenance"}, of plain numbers and texts.
+        {"settings", "seeds", "rounds", "variants": {name: {"knn", "linear_probe",
+        "train_seconds", "commits" (a value a seed), "seconds_per_step", "ratio",
+        "forwards_per_step", "memory_bytes"}}, "provenance" (of the steps that were timed)}, of
+        plain numbers and texts.
 
     Raises:
         ConfigError: an unknown variant, no seed, images without labels, or a run in the folder
@@ -80,11 +74,11 @@ def compare(
         )
     if data.train_labels is None or data.test_labels is None:
         raise ConfigError("data", data.name, "images with labels: the comparison needs accuracies")
-    configs = {name: replace(config, **VARIANTS[name]) for name in variants}
+    configs = {name: _variant(config, name) for name in variants}
     for c in configs.values():
         for seed in seeds:
             replace(c, seed=seed)  # a wrong seed is found before the first run
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for seed in seeds:
         for name in variants:
             where = folder / f"{name}-seed{seed}"
@@ -97,6 +91,7 @@ def compare(
             "knn": [run["knn"] for run in runs[name]],
             "linear_probe": [run["linear_probe"] for run in runs[name]],
             "train_seconds": [run["train_seconds"] for run in runs[name]],
+            "commits": [run["commit"] for run in runs[name]],
             "seconds_per_step": costs[name].seconds,
             "ratio": costs[name].ratio,
             "forwards_per_step": costs[name].forwards,
@@ -113,26 +108,34 @@ def compare(
     }
 
 
-def _run(config: PretrainConfig, data: ImageData, folder: Path, progress: bool) -> dict[str, float]:
-    """Accuracies and seconds of one run, trained now or found finished."""
+def _variant(config: PretrainConfig, name: str) -> PretrainConfig:
+    try:
+        return replace(config, **VARIANTS[name])
+    except ConfigError as error:
+        raise ConfigError("variants", name, f"others with these settings ({error})") from error
+
+
+def _run(config: PretrainConfig, data: ImageData, folder: Path, progress: bool) -> dict[str, Any]:
+    """Accuracies, seconds and commit of one run, trained now or found finished."""
     wanted = json.loads(json.dumps(config.to_dict()))
     path = folder / ACCURACIES
     if path.exists():
         found = json.loads(path.read_text())
         if found["config"] != wanted:
             raise ConfigError("output", folder, "runs made with these settings, or an empty folder")
-        accuracies: dict[str, float] = found["accuracies"]
-        return accuracies
-    stopped = bool(checkpoints(folder)) and read_config(folder) == config
+        return {"commit": "unknown", **found["accuracies"]}
+    stopped = holds_run(folder)
+    if stopped and read_config(folder) != config:
+        raise ConfigError("output", folder, "runs made with these settings, or an empty folder")
     result = pretrain(config, data=data, progress=progress, folder=folder, resume=stopped)
     write_result(result, folder)
-    accuracies = _accuracies(result, data)
+    accuracies = _accuracies(result, data) | {"commit": provenance()["commit"]}
     text = json.dumps({"config": wanted, "accuracies": accuracies}, indent=2) + "\n"
     write_whole(path, text.encode())
     return accuracies
 
 
-def _accuracies(result: PretrainResult, data: ImageData) -> dict[str, float]:
+def _accuracies(result: PretrainResult, data: ImageData) -> dict[str, Any]:
     assert data.train_labels is not None
     assert data.test_labels is not None
     assert result.knn_trained is not None

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .cli import answer, fail, missing_extras
-from .config import ConfigError, PretrainConfig
+from .config import VARIANTS, ConfigError, PretrainConfig
 from .options import add_command, add_settings, given_settings
 from .presets import PRESETS, preset
 
 PROG = "clae-fast compare"
-VARIANTS = ("baseline", "published", "exact", "shared")
 DESCRIPTION = """\
 Train the baseline, CLAE at its published cost, exact CLAE and shared CLAE with the same seeds,
 weights and batches, and set side by side: kNN and linear-probe accuracy with their spread, time

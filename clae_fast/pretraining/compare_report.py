@@ -51,50 +51,85 @@ def table(comparison: dict[str, Any]) -> str:
         f"{METHOD_NAMES[s['method']]} on {s['data']}, encoder {s['encoder']}, batch "
         f"{s['batch_size']}, {s['epochs']} epoch{'s' * (s['epochs'] > 1)}, {eps}; accuracy "
         f"of h at the last epoch, "
-        f"mean \u00b1 standard deviation over {len(seeds)} seed{'s' * (len(seeds) > 1)} "
-        f"({', '.join(map(str, seeds))}), the same weights and batches for all rows. Steps: median "
+        f"{_over(seeds)}, the same weights and batches for all rows. Steps: median "
         f"of {comparison['rounds']} interleaved rounds; memory: peak beyond the process before the "
-        f"first step. {p['machine']}, torch {p['torch']}, commit {p['commit']}, {p['date']}.",
+        f"first step. {p['machine']}, torch {p['torch']}, commit {p['commit']}, {p['date']}."
+        + _runs_made_at(comparison),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _over(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    listed = ", ".join(map(str, seeds))
+    return f"mean \u00b1 standard deviation over {len(seeds)} seeds ({listed})"
+
+
+def _runs_made_at(comparison: dict[str, Any]) -> str:
+    """Where the accuracies come from, if not from the commit that was timed."""
+    variants = comparison["variants"].values()
+    commits = {commit for v in variants for commit in v.get("commits", ())}
+    if commits <= {comparison["provenance"]["commit"]}:
+        return ""
+    return f" Trained at {', '.join(sorted(commits))}."
+
+
 def figure(comparison: dict[str, Any], path: str | Path) -> None:
-    """Accuracy of every seed, time per step and encoder forwards; the file appears whole."""
+    """Accuracies of every seed, time, encoder forwards and memory; the file appears whole."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    variants = comparison["variants"]
+    s, seeds, variants = comparison["settings"], comparison["seeds"], comparison["variants"]
     names = list(variants)
-    y = range(len(names))
-    fig = Figure(figsize=(10.2, 0.9 + 0.45 * len(names)), dpi=160, layout="constrained")
+    colors = [COLORS[name] for name in names]
+    fig = Figure(figsize=(12, 1.5 + 0.45 * len(names)), dpi=160, layout="constrained")
     fig.set_facecolor("white")
     FigureCanvasAgg(fig)
-    knn, seconds, forwards = fig.subplots(1, 3, sharey=True)
-    colors = [COLORS[name] for name in names]
-    for row, name in enumerate(names):
-        values = [100 * a for a in variants[name]["knn"]]
-        knn.plot(values, [row] * len(values), "o", color=COLORS[name], ms=5, alpha=0.6)
-        knn.plot(statistics.fmean(values), row, "|", color=INK, ms=16, mew=2)
-    for axes, key, factor, label in (
-        (seconds, "seconds_per_step", 1e3, "ms per step (median)"),
-        (forwards, "forwards_per_step", 1.0, "encoder forwards per step"),
+    panels = fig.subplots(1, 5, sharey=True)
+    for axes, key, label in zip(
+        panels, ("knn", "linear_probe"), ("kNN accuracy, %", "linear probe, %"), strict=False
     ):
-        bars = axes.barh(y, [factor * variants[n][key] for n in names], 0.6, color=colors)
-        axes.bar_label(bars, fmt="%.0f" if factor > 1 else "%.1f", padding=3, size=8, color=INK)
+        _accuracies(axes, {name: variants[name][key] for name in names})
         axes.set_title(label, size=9, color=INK)
-        axes.margins(x=0.15)
-    knn.set_title("kNN accuracy, % (dots: seeds, bar: mean)", size=9, color=INK)
-    knn.set_yticks(list(y), [NAMES[name].replace("`", "") for name in names], size=9)
-    knn.invert_yaxis()
-    knn.grid(axis="x", color="#dddddd", lw=0.6)
-    for axes in (knn, seconds, forwards):
+    for axes, key, factor, decimals, label in (
+        (panels[2], "seconds_per_step", 1e3, 0, "ms per step (median)"),
+        (panels[3], "forwards_per_step", 1.0, 1, "encoder forwards per step"),
+        (panels[4], "memory_bytes", 2.0**-20, 0, "memory of a step, MiB"),
+    ):
+        values = [factor * (variants[name][key] or 0) for name in names]
+        bars = axes.barh(range(len(names)), values, 0.6, color=colors)
+        axes.bar_label(bars, fmt=f"%.{decimals}f", padding=3, size=8, color=INK)
+        axes.set_title(label, size=9, color=INK)
+        axes.margins(x=0.2)
+    panels[0].set_yticks(range(len(names)), [NAMES[n].replace("`", "") for n in names], size=9)
+    panels[0].invert_yaxis()
+    for axes in panels:
         axes.tick_params(axis="x", labelsize=8, colors=MUTED)
         axes.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
+    dots = "dots: seeds, bar: their mean" if len(seeds) > 1 else f"seed {seeds[0]}"
+    fig.suptitle(
+        f"{METHOD_NAMES[s['method']]} on {s['data']}, encoder {s['encoder']}, batch "
+        f"{s['batch_size']}, {s['epochs']} epoch{'s' * (s['epochs'] > 1)} ({dots})",
+        size=10,
+        color=INK,
+    )
     with atomic_path(Path(path)) as temporary:
         fig.savefig(temporary, format="png")
+
+
+def _accuracies(axes: Any, values: dict[str, list[float]]) -> None:
+    """A dot a seed, never on a scale so fine that one image fills it."""
+    for row, (name, accuracies) in enumerate(values.items()):
+        per_cent = [100 * a for a in accuracies]
+        axes.plot(per_cent, [row] * len(per_cent), "o", color=COLORS[name], ms=5, alpha=0.6)
+        axes.plot(statistics.fmean(per_cent), row, "|", color=INK, ms=16, mew=2)
+    low, high = axes.get_xlim()
+    middle, half = (low + high) / 2, max((high - low) / 2, 1.0)
+    axes.set_xlim(middle - half, middle + half)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
 
 
 def insert(text: str, comparison: dict[str, Any], image: str) -> str:

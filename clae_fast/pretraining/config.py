@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -15,12 +17,25 @@ GREY_DIGITS = ("mnist5k", "digits")
 ATTACKS = ("exact", "shared", "published")
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 TEMPERATURE = {"plain": 0.1, "uel": 0.1, "simclr": 0.5}  # as published, by method
-AUGMENTATIONS = ("auto", "digits", "instance", "simclr")
-NORMALIZATIONS = ("data", "half")
-PROJECTORS = ("mlp", "linear", "none")
-OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("cosine", "step", "constant")
-PRECISIONS = ("float32", "bfloat16", "float16")
+_WORDS = {
+    "method": METHODS,
+    "attack": ATTACKS,
+    "data": DATA,
+    "augmentation": ("auto", "digits", "instance", "simclr"),
+    "normalization": ("data", "half"),
+    "projector": ("mlp", "linear", "none"),
+    "optimizer": ("adamw", "adam", "sgd"),
+    "schedule": ("cosine", "step", "constant"),
+    "precision": ("float32", "bfloat16", "float16"),
+    "backend": BACKENDS,
+}
+# What `compare` sets side by side.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "baseline": {"clae": False, "attack": "exact"},
+    "published": {"clae": True, "attack": "published"},
+    "exact": {"clae": True, "attack": "exact"},
+    "shared": {"clae": True, "attack": "shared"},
+}
 # What a resumed run may set anew: where it runs and finds its images.
 RESUME_MAY_CHANGE = ("data_dir", "download", "memory_gib", "workers", "threads", "device")
 Milestones = tuple[tuple[int, float], ...]
@@ -116,7 +131,8 @@ class PretrainConfig:
         _DATA,
         "DIR",
         "where the data set lies: the folder that holds cifar-10-batches-py, cifar-100-python or "
-        "tiny-imagenet-200; for folder the images' own",
+        "tiny-imagenet-200; for folder that of the images: train/CLASS/ and test/CLASS/ (or val/), "
+        "CLASS/ (every fifth image is then a test image), or images without labels",
     )
     download: bool = _setting(
         False, _DATA, "", "fetch cifar10, cifar100 or tiny-imagenet into --data-dir if not there"
@@ -175,14 +191,22 @@ class PretrainConfig:
         False, _OPTIMISATION, "", "leave out the last batch of an epoch where it is shorter"
     )
     optimizer: str = _setting("adamw", _OPTIMISATION, "NAME", "adamw, adam or sgd")
-    lr: float = _setting(6e-3, _OPTIMISATION, "X", "learning rate at its peak")
+    lr: float = _setting(
+        6e-3,
+        _OPTIMISATION,
+        "X",
+        "learning rate, which the schedule and the warm-up multiply by at most 1",
+    )
     momentum: float = _setting(0.9, _OPTIMISATION, "X", "of sgd")
     weight_decay: float = _setting(1e-4, _OPTIMISATION, "X", "of the optimiser")
     schedule: str = _setting(
         "cosine", _OPTIMISATION, "NAME", "of the learning rate: cosine to 0, step or constant"
     )
     warmup: float = _setting(
-        0.1, _OPTIMISATION, "X", "share of the run in which the learning rate climbs to its peak"
+        0.1,
+        _OPTIMISATION,
+        "X",
+        "share of the run in which the learning rate climbs from 0 towards the schedule",
     )
     milestones: Milestones = _setting(
         (),
@@ -204,7 +228,8 @@ class PretrainConfig:
         "float32",
         _MACHINE,
         "NAME",
-        "float32, bfloat16 or float16 (autocast; losses and attack signs stay exact)",
+        "float32, bfloat16 or float16 (autocast; losses are computed in float32, and the "
+        "attack's gradient is scaled so that it does not vanish)",
     )
     channels_last: bool = _setting(
         True, _MACHINE, "", "memory layout in which convolutions are fastest"
@@ -214,7 +239,8 @@ class PretrainConfig:
         None,
         _MACHINE,
         "N",
-        "threads of PyTorch while training (default: the cores less the workers, 1 to 4)",
+        "threads of PyTorch while training (default: the cores less the workers, 1 to 4; a resumed "
+        "run keeps its own)",
     )
     workers: int = _setting(
         1,
@@ -242,19 +268,11 @@ class PretrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("clae", "clamp", "download", "drop_last", "channels_last", "compile"):
-            self._flag(name)
-        self._flag("tensorboard")
-        self._one_of("method", METHODS)
-        self._one_of("attack", ATTACKS)
-        self._one_of("data", DATA)
-        self._one_of("augmentation", AUGMENTATIONS)
-        self._one_of("normalization", NORMALIZATIONS)
-        self._one_of("projector", PROJECTORS)
-        self._one_of("optimizer", OPTIMIZERS)
-        self._one_of("schedule", SCHEDULES)
-        self._one_of("precision", PRECISIONS)
-        self._one_of("backend", BACKENDS)
+        for f in fields(self):
+            if isinstance(f.default, bool):
+                self._flag(f.name)
+        for name, words in _WORDS.items():
+            self._one_of(name, words)
         self._whole("epochs", 1)
         self._whole("batch_size", 2, " (one pair alone has nothing to contrast with)")
         self._whole("seed", 0, f" and below {2**63}", below=2**63)
@@ -270,12 +288,13 @@ class PretrainConfig:
         self._number("memory_gib", at_least=0.0)
         for name in ("weight_decay", "alpha", "momentum", "warmup"):
             self._number(name, at_least=0.0)
-        for name in ("temperature",):
-            if getattr(self, name) is not None:
-                self._number(name, above=0.0)
+        if self.temperature is not None:
+            self._number("temperature", above=0.0)
         for name in ("eps", "eps_pixels"):
             if getattr(self, name) is not None:
                 self._number(name, at_least=0.0)
+        if self.eps_pixels is not None and self.eps_pixels > 1:
+            raise ConfigError("eps_pixels", self.eps_pixels, "at most 1: pixels lie in [0, 1]")
         self._number("aux_momentum", above=0.0)
         self._at_most("aux_momentum", 1)
         self._at_most("warmup", 1)
@@ -322,6 +341,8 @@ class PretrainConfig:
         return cls(**values)
 
     def _words(self) -> None:
+        if isinstance(self.data_dir, os.PathLike):
+            object.__setattr__(self, "data_dir", os.fspath(self.data_dir))
         if not isinstance(self.data_dir, str) or not self.data_dir:
             raise ConfigError("data_dir", self.data_dir, "a path")
         if not isinstance(self.device, str) or not re.fullmatch(
@@ -334,7 +355,8 @@ class PretrainConfig:
 
     def _together(self) -> None:
         if self.eps is not None and self.eps_pixels is not None:
-            raise ConfigError("eps_pixels", self.eps_pixels, "one of eps and eps_pixels, not both")
+            expected = f"one size of the attack, and eps={self.eps:g} is another"
+            raise ConfigError("eps_pixels", self.eps_pixels, expected)
         if self.accumulate > self.batch_size:
             raise ConfigError(
                 "accumulate", self.accumulate, f"at most the batch size ({self.batch_size})"
@@ -352,10 +374,10 @@ class PretrainConfig:
         )
         if not good or epochs != sorted(set(epochs)):
             raise ConfigError("milestones", self.milestones, "rising epochs with factors of lr")
-        if bool(self.milestones) != (self.schedule == "step"):
-            raise ConfigError(
-                "milestones", self.milestones, "milestones with schedule=step, and only there"
-            )
+        if self.schedule == "step" and not self.milestones:
+            raise ConfigError("schedule", self.schedule, "milestones beside it")
+        if self.schedule != "step" and self.milestones:
+            raise ConfigError("milestones", self.milestones, "schedule step beside them")
 
     def _flag(self, field: str) -> None:
         if not isinstance(getattr(self, field), bool):
@@ -376,7 +398,9 @@ class PretrainConfig:
         self, field: str, above: float | None = None, at_least: float | None = None
     ) -> None:
         value = getattr(self, field)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if number and not isinstance(value, (int, float)):
+            object.__setattr__(self, field, float(value))  # NumPy's: JSON must keep it
         bound = f"above {above:g}" if above is not None else f"of at least {at_least:g}"
         if (
             not number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ class ImageData:
         mean: per channel, of pixels scaled to [0, 1].
         std: per channel, likewise; `eps` of the attack is in these units.
         skipped: files that could not be read, each with the reason.
+        size: side of all images where they are square and alike; None: that of the tensor.
+
+    Raises:
+        ConfigError: shapes, dtypes or lengths that do not fit together.
     """
 
     name: str
@@ -38,6 +43,47 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        channels = self._channels("train_images", self.train_images, self.train_labels)
+        if len(self.test_images):
+            other = self._channels("test_images", self.test_images, self.test_labels)
+            if other != channels:
+                raise ConfigError(
+                    "test_images", f"{other} channels", f"{channels}, as train_images"
+                )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != channels or not all(map(math.isfinite, values)):
+                raise ConfigError(name, values, f"{channels} numbers, one per channel")
+        if min(self.std) <= 0:
+            raise ConfigError("std", self.std, "numbers above 0")
+
+    def summary(self) -> str:
+        """Name, images and classes in one line."""
+        text = f"{self.name}: {len(self.train_images):,} training images"
+        if self.train_labels is not None:
+            classes = len(self.train_labels.unique())
+            text += f" and {len(self.test_images):,} test images in {classes} "
+            text += "classes" if classes > 1 else "class: every accuracy is 1"
+        return text
+
+    def _channels(self, name: str, images: Images, labels: torch.Tensor | None) -> int:
+        if len(images) == 0:
+            raise ConfigError(name, "no images", "at least one")
+        first = images[0]
+        if first.dim() != 3 or first.dtype != torch.uint8:
+            raise ConfigError(
+                name, f"{tuple(first.shape)} {first.dtype}", "images (C, H, W) of torch.uint8"
+            )
+        if labels is not None and (labels.dtype, labels.shape) != (torch.int64, (len(images),)):
+            raise ConfigError(
+                name.replace("images", "labels"),
+                f"{tuple(labels.shape)} {labels.dtype}",
+                f"({len(images)},) torch.int64",
+            )
+        return first.shape[0]
 
 
 def every_fifth(labels: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from .data import Images
 
 THREADS = 8
 NAMED = 10  # warnings of their own; the rest is counted
@@ -30,13 +32,14 @@ def decode(path: Path) -> torch.Tensor:
     """
     from PIL import Image, ImageOps
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            assert upright is not None
-            return torch.from_numpy(_rgb(upright)).permute(2, 0, 1).contiguous()
+    with Image.open(path) as image:
+        pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if most is not None and pixels > most:  # PIL warns, and refuses from twice as many on
+            raise ValueError(f"{pixels:,} pixels, more than PIL's limit of {most:,}")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        assert upright is not None
+        return torch.from_numpy(_rgb(upright)).permute(2, 0, 1).contiguous()
 
 
 def _rgb(image: Image) -> np.ndarray[Any, Any]:
@@ -73,9 +76,21 @@ class ImageFiles(Sequence[torch.Tensor]):
         return decode(self.paths[index])
 
 
-def read_images(
-    paths: Sequence[Path], root: Path, memory_gib: float
-) -> tuple[torch.Tensor | Sequence[torch.Tensor], list[int], list[str]]:
+class Decoded(NamedTuple):
+    """What `read_images` found: images, the indices of the files they came from, and the rest."""
+
+    images: torch.Tensor | Sequence[torch.Tensor]
+    kept: list[int]
+    skipped: list[str]
+
+    def split(self, first: int) -> tuple[tuple[Images, list[int]], tuple[Images, list[int]]]:
+        """(images, kept) of the first `first` files, and of the others, counted from 0."""
+        n = sum(i < first for i in self.kept)
+        rest = [i - first for i in self.kept[n:]]
+        return (self.images[:n], self.kept[:n]), (self.images[n:], rest)
+
+
+def read_images(paths: Sequence[Path], root: Path, memory_gib: float) -> Decoded:
     """Decode every file once; keep the pixels if they fit.
 
     Args:
@@ -84,45 +99,54 @@ def read_images(
         memory_gib: the decoded images are kept up to this size; beyond it each access decodes.
 
     Returns:
-        (images, kept, skipped): a (n, 3, H, W) uint8 tensor where all have one size and fit, else
-        a sequence of (3, H, W); the indices into `paths` that could be read; the others' names
+        images: a (n, 3, H, W) uint8 tensor where all have one size and fit, else a sequence of
+        (3, H, W); kept: the indices into `paths` that could be read; skipped: the others' names
         with the reason. A warning names each, up to NAMED of them.
     """
     room = memory_gib * 2**30
-    images: list[torch.Tensor | None] = []
+    whole: torch.Tensor | None = None  # filled in place: a stack would be a second copy
+    images: list[torch.Tensor] = []
     kept: list[int] = []
     skipped: list[str] = []
     for i, result in enumerate(_all(paths)):
         if isinstance(result, str):
             skipped.append(f"{paths[i].relative_to(root)} ({result})")
             continue
-        kept.append(i)
         room -= result.numel()
-        if room < 0:
-            images.clear()
-        images.append(result if room >= 0 else None)
+        if room >= 0:
+            if not kept:
+                whole = torch.empty(len(paths), *result.shape, dtype=torch.uint8)
+            elif whole is not None and result.shape != whole.shape[1:]:
+                images, whole = [image.clone() for image in whole[: len(kept)]], None
+            if whole is not None:
+                whole[len(kept)] = result
+            else:
+                images.append(result)
+        else:
+            images, whole = [], None
+        kept.append(i)
     for name in skipped[:NAMED]:
         warnings.warn(f"skipped a broken image: {name}", stacklevel=2)
     if len(skipped) > NAMED:
         warnings.warn(f"skipped {len(skipped) - NAMED} more broken images", stacklevel=2)
     if room < 0:
-        return ImageFiles([paths[i] for i in kept]), kept, skipped
-    decoded = [image for image in images if image is not None]
-    if decoded and all(image.shape == decoded[0].shape for image in decoded):
-        return torch.stack(decoded), kept, skipped
-    return decoded, kept, skipped
+        return Decoded(ImageFiles([paths[i] for i in kept]), kept, skipped)
+    return Decoded(images if whole is None else whole[: len(kept)], kept, skipped)
 
 
 def _all(paths: Sequence[Path]) -> Iterator[torch.Tensor | str]:
     """Each file's pixels or the reason why not, in order; a few hundred are decoded ahead."""
+    from PIL import Image
     from tqdm import tqdm
 
     hidden = len(paths) < BAR_FROM or not sys.stderr.isatty()
     ahead = 256
     with (
+        warnings.catch_warnings(),  # once around the threads, which share the filters
         ThreadPoolExecutor(THREADS) as pool,
         tqdm(total=len(paths), desc="reading images", file=sys.stderr, disable=hidden) as bar,
     ):
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses those
         for start in range(0, len(paths), ahead):
             for result in pool.map(_attempt(decode), paths[start : start + ahead]):
                 bar.update()

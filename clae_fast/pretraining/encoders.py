@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -104,15 +105,19 @@ class ResidualEncoder(ContrastiveModel):
 def resnet18_cifar(in_channels: int = 3) -> nn.Module:
     """torchvision's ResNet-18 with a 3 x 3 stem of stride 1 and no pooling after it: h (B, 512).
 
+    Its convolutions start as `nn.Conv2d` does, as published for 32 x 32 images.
+
     Source: He et al. 2016, section 4.2, for the stem; CLAE's encoder for 32 x 32 images.
     """
     from torchvision.models import resnet18
 
     net: nn.Module = resnet18(weights=None)
     net.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
     net.fc = nn.Identity()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
     return net
 
 
@@ -188,6 +193,12 @@ def _of_the_user(name: str) -> nn.Module:
     except Exception as error:  # whatever the user's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError("encoder", name, f"a function that imports ({reason})") from error
+    try:
+        inspect.signature(make).bind()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "encoder", name, f"a function that is called without arguments ({error})"
+        ) from error
     backbone = make()
     if not isinstance(backbone, nn.Module):
         raise ConfigError(

@@ -13,6 +13,8 @@ from .config import ConfigError
 from .options import add_command
 
 if TYPE_CHECKING:
+    from .config import PretrainConfig
+    from .data import ImageData
     from .evaluate import Evaluation
     from .runs import LoadedRun
 
@@ -66,9 +68,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
     add(
         "--probe-epochs",
         type=int,
-        default=1000,
+        default=None,
         metavar="N",
-        help="epochs of the Adam probe (default: 1000, as published)",
+        help="epochs of the Adam probe (default: as published, 1000, or 200 for plain and uel on "
+        "tiny-imagenet)",
     )
     add(
         "--probe-batch-size",
@@ -139,6 +142,7 @@ def _run(args: argparse.Namespace) -> int:
         data = load_data(
             config.data, config.data_dir, download=config.download, memory_gib=config.memory_gib
         )
+        _same_images(loaded, config, data)
         evaluation = evaluate(
             loaded.model,
             data,
@@ -178,6 +182,26 @@ def _run(args: argparse.Namespace) -> int:
     for path in (output, *args.export):
         print(path)
     return 0
+
+
+def _same_images(loaded: LoadedRun, config: PretrainConfig, data: ImageData) -> None:
+    """The run was trained on images of this data set, seen in this way."""
+    from .augmentation import normalization, view_size
+
+    mean, std = normalization(config, data)
+    for name, before, now in (
+        ("name", loaded.data, data.name),
+        ("mean", loaded.mean, tuple(mean)),
+        ("std", loaded.std, tuple(std)),
+        ("size", loaded.image_size, view_size(config, data)),
+    ):
+        if before != now:
+            raise ConfigError(
+                "data",
+                config.data,
+                f"the images that the run was trained on, of {name} {before}, not {now}; images "
+                "of one's own are measured by clae_fast.pretraining.evaluate.evaluate",
+            )
 
 
 def _report(e: Evaluation, loaded: LoadedRun) -> None:

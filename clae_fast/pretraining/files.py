@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; those of a run by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+CONFIG, RESULT, ENCODER = "config.json", "result.json", "encoder.safetensors"
+CHECKPOINTS = "checkpoints"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run left files here."""
+    return any((folder / name).exists() for name in (CONFIG, RESULT, ENCODER, CHECKPOINTS))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,11 @@ from torch import nn
 from clae_fast import convert_dual_batchnorm, strip_dual_batchnorm
 
 from .augmentation import Transform, build_transform, normalization, view_size
-from .checkpoint import (
-    CheckpointError,
-    checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
-from .config import RESUME_MAY_CHANGE, ConfigError, PretrainConfig
+from .checkpoint import checkpoints, save_checkpoint
+from .config import ConfigError, PretrainConfig
 from .data import ImageData, load_data
 from .encoders import ContrastiveModel, build_encoder
+from .files import holds_run
 from .interrupts import Interrupted, deferred_interrupts
 from .machine import choose_device, default_threads, num_threads
 from .metrics import Metrics
@@ -30,12 +27,12 @@ from .optim import build_optimizer, learning_rate_factor, set_learning_rate
 from .probe import encode_images, pixel_features, weighted_knn
 from .progress import open_progress
 from .result import Examples, PretrainResult
+from .resume import STATE_VERSION, Saved, check_images, load_saved
 from .runs import start_run
-from .training_step import TrainingStep, make_loss
+from .training_step import StepResult, TrainingStep, make_loss
 from .views import EpochBatches, TwoViews, view_loader
 
 NUM_EXAMPLES = 10  # images kept for the figure
-STATE_VERSION = 1
 
 
 def pretrain(
@@ -47,6 +44,7 @@ def pretrain(
     progress: bool = False,
     folder: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> PretrainResult:
     """Train an encoder by contrast, with or without CLAE, and evaluate it by weighted kNN.
 
@@ -64,13 +62,16 @@ def pretrain(
         progress: show loss, images/s and time left on stderr.
         folder: where metrics.jsonl and checkpoints go while training; None keeps neither. Ctrl-C
             and SIGTERM then wait for the step to end and write a checkpoint.
-        resume: go on from the folder's last checkpoint, to the same numbers as without the break.
+        resume: go on from the folder's last checkpoint, to the same numbers as without the break
+            (with the run's own number of threads, unless `config.threads` says another).
+        overwrite: replace a run that the folder holds.
 
     Raises:
-        ConfigError: a setting that cannot work here, naming it.
+        ConfigError: a setting that cannot work here, naming it; a folder that holds a run.
         CheckpointError: the checkpoint cannot be read.
         ImportError: the data set's package is missing.
-        NonFiniteLossError: the loss became NaN or Inf; the last checkpoint stays.
+        NonFiniteLossError: the loss became NaN or Inf, or float16 gradients overflowed in every
+            step; the last checkpoint stays.
         Interrupted: a KeyboardInterrupt, after the checkpoint was written.
 
     Example:
@@ -89,6 +90,9 @@ def pretrain(
         raise TypeError(f"encoder must have a method encode, {type(encoder).__name__} has none")
     if resume and folder is None:
         raise ConfigError("resume", True, "a folder to resume from")
+    where = None if folder is None else Path(folder)
+    if where is not None and not (resume or overwrite) and holds_run(where):
+        raise ConfigError("folder", where, "a folder without a run (overwrite=True replaces it)")
     if data is None:
         data = load_data(
             config.data, config.data_dir, download=config.download, memory_gib=config.memory_gib
@@ -96,10 +100,13 @@ def pretrain(
     device = choose_device(config)
     make_loss(config, device)
     cuda = [device] if device.type == "cuda" else []
+    saved = load_saved(where, config) if resume and where is not None else None
     threads = config.threads or default_threads(config)
+    if saved is not None and config.threads is None:
+        threads = int(saved[1]["threads"])  # another number would change the last bits
     with torch.random.fork_rng(devices=cuda), num_threads(threads):
         run = _Run(config, data, encoder, transform, device)
-        return run.go(None if folder is None else Path(folder), resume, progress)
+        return run.go(where, saved, progress)
 
 
 class _Run:
@@ -136,9 +143,10 @@ class _Run:
         self.seconds, self.images = 0.0, 0
         self.examples: tuple[torch.Tensor, ...] | None = None
 
-    def go(self, folder: Path | None, resume: bool, progress: bool) -> PretrainResult:
+    def go(self, folder: Path | None, saved: Saved | None, progress: bool) -> PretrainResult:
         config, encoder = self.config, self.encoder
-        saved = self._saved(folder) if resume and folder is not None else None
+        if saved is not None:
+            check_images(saved[1], self._image_facts())
         if saved is None:
             self.knn_untrained = self._knn()
         try:
@@ -146,6 +154,8 @@ class _Run:
                 convert_dual_batchnorm(encoder, momentum=config.aux_momentum)
             encoder.train()
             self._prepare(saved)
+            if progress:
+                print(f"{self.data.summary()}, views of {self.size} x {self.size}", file=sys.stderr)
             if folder is not None and saved is None:
                 start_run(folder, config)
             length = 0 if saved is None else int(saved[1]["metrics_length"])
@@ -154,7 +164,7 @@ class _Run:
                     folder,
                     length,
                     tensorboard=config.tensorboard,
-                    first_step=self._global_step(),
+                    first_step=None if saved is None else self._global_step(),
                 ) as self.metrics,
                 deferred_interrupts(folder is not None) as interrupted,
             ):
@@ -169,7 +179,7 @@ class _Run:
             encoder.eval()
         return self._result()
 
-    def _prepare(self, saved: tuple[dict[str, torch.Tensor], dict[str, Any]] | None) -> None:
+    def _prepare(self, saved: Saved | None) -> None:
         config = self.config
         image = torch.Size((self.channels, self.size, self.size))
         self.training_step = TrainingStep(
@@ -199,36 +209,23 @@ class _Run:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
-    def _saved(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The last checkpoint, or None for a run that was stopped before its first."""
-        found = checkpoints(folder)
-        if not found:
-            return None
-        weights, state = load_checkpoint(found[-1])
-        if state.get("version") != STATE_VERSION:
-            raise CheckpointError(f"{found[-1]} is of another version of clae_fast")
-        before, now = state["config"], self.config.to_dict()
-        for name, value in now.items():
-            if name not in RESUME_MAY_CHANGE and before.get(name) != value:
-                raise ConfigError(name, value, f"{before.get(name)!r}, as the run was started")
-        if state["num_images"] != len(self.data.train_images):
-            raise CheckpointError(
-                f"{found[-1]} was made with {state['num_images']} training images, there are "
-                f"{len(self.data.train_images)} now"
-            )
-        return weights, state
+    def _image_facts(self) -> dict[str, Any]:
+        return {
+            "data": self.data.name,
+            "num_images": len(self.data.train_images),
+            "in_channels": self.channels,
+            "image_size": self.size,
+            "mean": tuple(self.mean),
+            "std": tuple(self.std),
+        }
 
     def _state(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         return {
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
-            "data": self.data.name,
-            "in_channels": self.channels,
-            "image_size": self.size,
-            "mean": self.mean,
-            "std": self.std,
-            "num_images": len(self.data.train_images),
+            **self._image_facts(),
+            "threads": torch.get_num_threads(),
             "epoch": self.epoch,
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
@@ -277,9 +274,14 @@ class _Run:
             factor = learning_rate_factor(config, self._global_step(), num_steps)
             set_learning_rate(self.optimizer, config.lr * factor)
             self.optimizer.zero_grad(set_to_none=True)
-            out = self.training_step(x_i, x_j)
+            out = self._one_step(x_i, x_j)
             self.monitor.add(self.epoch, self.step, num_steps, out.loss, len(x_i))
-            self.training_step.update(self.optimizer)
+            if not self.training_step.update(self.optimizer):
+                raise NonFiniteLossError(
+                    f"gradients overflowed in every one of the last steps, up to step "
+                    f"{self.step + 1} of {num_steps} in epoch {self.epoch + 1}: "
+                    f"{cause(self.encoder, config)}, or use another precision"
+                )
             if out.x_adv is not None and self.epoch == config.epochs - 1 and self.step == 0:
                 self.examples = tuple(
                     x[:NUM_EXAMPLES].detach().float().cpu().contiguous()
@@ -296,7 +298,7 @@ class _Run:
                 self._stop(folder, num_steps)
         self.monitor.check_weights(self.epoch)
         self._end_epoch()
-        if self.epoch < config.epochs and interrupted():
+        if interrupted():
             self._stop(folder, num_steps)
 
     def _end_epoch(self) -> None:
@@ -333,10 +335,26 @@ class _Run:
         self.monitor.read(self.epoch, num_steps)
         self.monitor.check_weights(self.epoch)
         self._save(folder)
+        where = f"at step {self.step} of {num_steps} in epoch {self.epoch + 1}"
+        if self.epoch == self.config.epochs:
+            where = "after the last epoch"
         raise Interrupted(
-            f"interrupted at step {self.step} of {num_steps} in epoch {self.epoch + 1} of "
-            f"{self.config.epochs}; to go on: clae-fast pretrain --resume {folder}"
+            f"interrupted {where} of {self.config.epochs}; to go on: clae-fast pretrain --resume "
+            f"{folder}"
         )
+
+    def _one_step(self, x_i: torch.Tensor, x_j: torch.Tensor) -> StepResult:
+        try:
+            return self.training_step(x_i, x_j)
+        except ValueError as error:
+            if len(x_i) > 1:
+                raise
+            raise ConfigError(  # a BatchNorm over features needs two
+                "batch_size",
+                self.config.batch_size,
+                f"one that leaves no last batch of a single image with this encoder ({error}), or "
+                "drop_last",
+            ) from error
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format

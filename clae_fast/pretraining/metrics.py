@@ -23,14 +23,19 @@ class Metrics:
         folder: of the run, or None.
         length: bytes to keep of an earlier file.
         tensorboard: write scalars to `folder/tensorboard` too.
-        first_step: where the run goes on; TensorBoard drops what is recorded after it.
+        first_step: where a resumed run goes on; TensorBoard drops what is recorded after it.
 
     Raises:
         ConfigError: TensorBoard asked for and not installed.
     """
 
     def __init__(
-        self, folder: Path | None, length: int, *, tensorboard: bool = False, first_step: int = 0
+        self,
+        folder: Path | None,
+        length: int,
+        *,
+        tensorboard: bool = False,
+        first_step: int | None = None,
     ) -> None:
         self._file = self._board = None
         if folder is None:
@@ -42,7 +47,9 @@ class Metrics:
                 raise ConfigError(
                     "tensorboard", True, "the package tensorboard (pip install tensorboard)"
                 ) from error
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            # It drops what is at or after its step; what is at first_step is done.
+            purge = None if first_step is None else first_step + 1
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         path = folder / FILE_NAME
         path.touch()
         self._file = open(path, "r+b")  # noqa: SIM115 (closed by __exit__)

@@ -24,19 +24,13 @@ class LossMonitor:
         config: for the words of the error.
         encoder: whose weights tell the cause.
         every: losses read together.
-        total, images: of an interrupted epoch, to go on with.
+
+    `total` (the losses times their images) and `images` are of the epoch so far.
     """
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        encoder: nn.Module,
-        every: int = 1,
-        total: float = 0.0,
-        images: int = 0,
-    ) -> None:
+    def __init__(self, config: PretrainConfig, encoder: nn.Module, every: int = 1) -> None:
         self.config, self.encoder, self.every = config, encoder, every
-        self.total, self.images = total, images
+        self.total, self.images = 0.0, 0
         self.last = math.nan
         self._waiting: list[tuple[int, torch.Tensor, int]] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
@@ -66,10 +67,31 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in fields(PretrainConfig) if hasattr(args, f.name)}
 
 
+def option_name(field: str) -> str:
+    """`--batch-size` of `batch_size`."""
+    return "--" + field.replace("_", "-")
+
+
+def without_effect(config: PretrainConfig, names: Iterable[str]) -> dict[str, str]:
+    """Those of the settings that change nothing in this run, each with the reason."""
+    attack = ("attack", "eps", "eps_pixels", "alpha", "aux_momentum", "clamp")
+    reasons = dict.fromkeys(attack, "" if config.clae else "without CLAE")
+    reasons["momentum"] = "" if config.optimizer == "sgd" else f"with {config.optimizer}"
+    reasons["hidden"] = "" if config.projector == "mlp" else f"with projector {config.projector}"
+    reasons["projection"] = "" if config.projector != "none" else "without a projector"
+    late = config.milestones and all(epoch >= config.epochs for epoch, _ in config.milestones)
+    reasons["milestones"] = f"in {config.epochs} epochs" if late else ""
+    fetched = config.data.startswith(("cifar", "tiny"))
+    reasons["download"] = "" if fetched else f"with data {config.data}"
+    return {name: reasons[name] for name in names if reasons.get(name)}
+
+
 def option_of(error: ConfigError) -> str:
     """The error in the words of the command line."""
-    option = "RUN" if error.field == "run" else "--" + error.field.replace("_", "-")
+    option = "RUN" if error.field == "run" else option_name(error.field)
     value = error.value
+    if error.field == "eps_pixels" and isinstance(value, float):
+        value = f"{value * 255:.6g}/255"
     if isinstance(value, tuple):
         pairs = all(isinstance(item, tuple) for item in value)
         texts = [":".join(map(str, item)) if pairs else str(item) for item in value]

@@ -14,11 +14,10 @@ from .checkpoint import separate
 from .config import METHOD_NAMES
 from .curves import curves_figure
 from .figures import adversarial_figure
-from .files import write_whole
+from .files import CONFIG, ENCODER, RESULT, write_whole
 from .machine import default_threads
 from .metrics import read_metrics
 from .result import PretrainResult
-from .runs import CONFIG, ENCODER, RESULT
 
 
 def write_result(result: PretrainResult, folder: str | Path) -> list[Path]:
@@ -71,7 +70,7 @@ def write_result(result: PretrainResult, folder: str | Path) -> list[Path]:
 def summary(result: PretrainResult) -> dict[str, Any]:
     """result.json: settings in force, losses, accuracies, time, versions."""
     c = result.config
-    best = max(result.knn_history, key=lambda pair: pair[1], default=None)
+    best = result.best_knn
     return {
         "config": c.to_dict()
         | {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +10,28 @@ from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
+from .data import Images
 from .encoders import ContrastiveModel
-
-Images = torch.Tensor | Sequence[torch.Tensor]
 
 
 def pixel_features(images: Images, size: int = 32) -> torch.Tensor:
-    """The baseline that learns nothing: (N, C, H, W) uint8 -> (N, C*H*W) float32 in [0, 1].
+    """The baseline that learns nothing: (N, C, H, W) uint8 -> (N, C*h*w) float32 in [0, 1].
 
-    Images in a list, which may differ in size, are resized to `size` x `size` first.
+    Images larger than `size` x `size`, and those in a list, which may differ in size, are resized
+    to that first: N x 12 KiB, however large they are.
     """
-    if isinstance(images, torch.Tensor):
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image, got none")
+    if isinstance(images, torch.Tensor) and max(images.shape[-2:]) <= size:
         return images.flatten(1).float() / 255
-    return torch.stack([VF.resize(x, [size, size], antialias=True).flatten() for x in images]) / 255
+    out: torch.Tensor | None = None
+    for i, image in enumerate(images):
+        small = VF.resize(image, [size, size], antialias=True).flatten()
+        if out is None:
+            out = torch.empty(len(images), len(small))
+        torch.div(small, 255, out=out[i])
+    assert out is not None
+    return out
 
 
 def evaluation_view(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -173,13 +181,15 @@ def weighted_knn(
         raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
     if not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
         raise ValueError(f"sigma: expected a positive number, got {sigma!r}")
-    bank = F.normalize(train_features, dim=1)
+    # Not F.normalize(train_features): a second bank would double the memory.
+    inverse = 1 / train_features.norm(dim=1).clamp_min(1e-12)
     num_classes = int(train_labels.max()) + 1
     correct = 0
     for queries, labels in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
-        cosines, nearest = (F.normalize(queries, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        # The largest cosine is 1: subtracting it changes no order and any sigma is safe.
-        votes = ((cosines - 1) / sigma).exp()
+        cosines = (F.normalize(queries, dim=1) @ train_features.T) * inverse
+        cosines, nearest = cosines.topk(min(k, len(inverse)), dim=1)
+        # The nearest has vote 1: no order changes, and one is left however small sigma is.
+        votes = ((cosines - cosines[:, :1]) / sigma).exp()
         scores = votes.new_zeros(len(queries), num_classes)
         scores.scatter_add_(1, train_labels[nearest], votes)
         correct += int((scores.argmax(dim=1) == labels).sum())

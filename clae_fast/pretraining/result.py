@@ -44,3 +44,8 @@ class PretrainResult:
     train_seconds: float
     images_per_second: float
     examples: Examples | None
+
+    @property
+    def best_knn(self) -> tuple[int, float] | None:
+        """(epoch, accuracy) of the best in `knn_history`: chosen on the test images."""
+        return max(self.knn_history, key=lambda pair: pair[1], default=None)

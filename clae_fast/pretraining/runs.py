@@ -11,12 +11,11 @@ import torch
 
 from clae_fast import convert_dual_batchnorm, strip_dual_batchnorm
 
-from .checkpoint import FOLDER, CheckpointError, checkpoints, load_checkpoint, remove_checkpoints
+from .checkpoint import CheckpointError, checkpoints, load_newest, remove_checkpoints
 from .config import ConfigError, PretrainConfig
 from .encoders import ContrastiveModel, build_encoder
-from .files import write_whole
+from .files import CONFIG, ENCODER, RESULT, holds_run, write_whole
 
-CONFIG, RESULT, ENCODER = "config.json", "result.json", "encoder.safetensors"
 FIGURES = ("adversarial.png", "curves.png")
 METRICS = "metrics.jsonl"
 
@@ -25,7 +24,8 @@ METRICS = "metrics.jsonl"
 class LoadedRun:
     """A run's model: ordinary (main BatchNorm), in eval mode, on the CPU.
 
-    `epoch` counts the epochs that were finished; `finished` tells whether the run was.
+    `epoch` counts the epochs that were finished; `finished` tells whether the run was. The rest
+    tells what images it was trained on.
     """
 
     model: ContrastiveModel
@@ -34,16 +34,20 @@ class LoadedRun:
     finished: bool
     in_channels: int
     image_size: int
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run left files here."""
-    return any((folder / name).exists() for name in (CONFIG, RESULT, ENCODER, FOLDER))
+    data: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def start_run(folder: Path, config: PretrainConfig) -> None:
-    """Take away what an earlier run left in `folder` (made if need be) and write the settings."""
+    """Take away what an earlier run left in `folder` (made if need be) and write the settings.
+
+    Raises:
+        ConfigError: the folder holds files with those names that no run wrote.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if holds_run(folder):
+        read_config(folder)
     for name in (RESULT, ENCODER, *FIGURES, METRICS, "evaluation.json"):
         (folder / name).unlink(missing_ok=True)
     remove_checkpoints(folder)
@@ -58,7 +62,8 @@ def read_config(folder: Path) -> PretrainConfig:
     """
     path = folder / CONFIG
     if not folder.is_dir():
-        raise ConfigError("run", folder, "the folder of a run, and there is no such folder")
+        what = "this is a file" if folder.exists() else "there is no such folder"
+        raise ConfigError("run", folder, f"the folder of a run, and {what}")
     if not path.exists():
         raise ConfigError("run", folder, f"the folder of a run, and it holds no {CONFIG}")
     try:
@@ -90,7 +95,7 @@ def load_run(path: str | Path) -> LoadedRun:
         found = checkpoints(folder)
         if not found:
             raise ConfigError("run", folder, "a run with a checkpoint, and it has none yet")
-        weights, facts = load_checkpoint(found[-1])
+        _, weights, facts = load_newest(found)
         epoch, finished = int(facts["epoch"]), False
     channels, size = int(facts["in_channels"]), int(facts["image_size"])
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +109,10 @@ def load_run(path: str | Path) -> LoadedRun:
             "run", folder, f"weights of the encoder {config.encoder} ({error})"
         ) from error
     strip_dual_batchnorm(model)
-    return LoadedRun(model.eval(), config, epoch, finished, channels, size)
+    mean, std = (tuple(map(float, facts[name])) for name in ("mean", "std"))
+    return LoadedRun(
+        model.eval(), config, epoch, finished, channels, size, str(facts["data"]), mean, std
+    )
 
 
 def _finished(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -6,7 +6,8 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,8 +159,11 @@ def _peak_memory(
 ) -> int | None:
     """In a process of its own: what a step needs is not hidden by memory freed before."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_in_this_process, (config, shape, mean, std))
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_peak_in_this_process, config, shape, mean, std).result()
+        except BrokenProcessPool:  # killed for want of memory, or no `if __name__ == "__main__"`
+            return None
 
 
 def _peak_in_this_process(
@@ -177,8 +181,10 @@ def _peak_in_this_process(
         for _ in range(3):
             stepper(x_i, x_j)
         return torch.cuda.max_memory_allocated(stepper.device) - before
-    with suppress(OSError):
+    try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of the imports
+    except OSError:
+        return None
     before_rss = _status("VmRSS")
     if before_rss is None:
         return None

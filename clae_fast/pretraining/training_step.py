@@ -152,7 +152,13 @@ class TrainingStep:
             return StepResult(out.loss, out.clean_loss, None, None)
         return StepResult(*out)
 
-    def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Apply the gradients; with float16 a step whose gradients overflowed is left out."""
+    def update(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Apply the gradients; with float16 a step whose gradients overflowed is left out.
+
+        Returns:
+            False when so many were left out in a row that the scale (halved each time) fell below
+            1: the gradients themselves are not finite.
+        """
         self.scaler.step(optimizer)
         self.scaler.update()
+        return not self.scaler.is_enabled() or self.scaler.get_scale() >= 1

@@ -110,8 +110,10 @@ def view_loader(
 
 
 def _quiet_worker(worker: int) -> None:
-    """Ctrl-C is the main process's to answer; what its end breaks in here is no news."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and SIGTERM, which go to the whole group, are the main process's to answer; what its
+    end breaks in here is no news. A worker ends when the main process does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _unless_the_other_end_went(sys.excepthook)
 
 
