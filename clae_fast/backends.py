@@ -33,9 +33,10 @@ def _always(*args: Any, **kwargs: Any) -> None:
 def _load_cpp(op: str) -> Callable[..., Any]:
     if reason := _extension.load():
         raise Unavailable(reason)
-    from . import cpp
+    from . import cpp, cpp_pairs
 
-    return getattr(cpp, op)
+    kernel: Callable[..., Any] = getattr(cpp if op == "sign_step" else cpp_pairs, op)
+    return kernel
 
 
 def _cpp_sign_step(*args: Any, **kwargs: Any) -> str | None:
@@ -44,12 +45,20 @@ def _cpp_sign_step(*args: Any, **kwargs: Any) -> str | None:
     return cpp.sign_step_refusal(*args, **kwargs)
 
 
+def _cpp_pairs(*args: Any, **kwargs: Any) -> str | None:
+    from . import cpp_pairs
+
+    return cpp_pairs.refusal(*args, **kwargs)
+
+
+_CPP_PAIRS = tuple(op for op in OPERATORS if op != "sign_step")
 TABLE = (
     *(
         Row(op, "reference", 0, functools.partial(getattr, reference, op), _always)
         for op in OPERATORS
     ),
     Row("sign_step", "cpp", 10, functools.partial(_load_cpp, "sign_step"), _cpp_sign_step),
+    *(Row(op, "cpp", 10, functools.partial(_load_cpp, op), _cpp_pairs) for op in _CPP_PAIRS),
 )
 
 

@@ -10,27 +10,13 @@
 // computed in float32 and rounded once. No torch in here.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "dtypes.h"
 #include "isa.h"
 
 namespace clae_fast {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-template <typename S>
-struct ComputeType {
-  using type = S;
-};
-template <>
-struct ComputeType<BFloat16> {
-  using type = float;
-};
 
 template <typename C>
 constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();

@@ -1,13 +1,6 @@
 // The loops of sign_step.h, included once per instruction set by for_each_isa.h.
 
-static inline float widen(float value) { return value; }
-static inline double widen(double value) { return value; }
-static inline float widen(BFloat16 value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
+#include "widen_body.h"
 
 static inline void narrow(float value, float* out) { *out = value; }
 static inline void narrow(double value, double* out) { *out = value; }

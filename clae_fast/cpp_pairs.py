@@ -1,0 +1,252 @@
+"""Host side of the C++ operators over all pairs: what they can run, allocation, pauses."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .numerics import compute_dtype
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OPS = {"pair_lse": 0, "pair_grad": 1, "pair_mean": 2, "pair_sigmoid": 3, "pair_uel": 4}
+_SKIPS = {"none": 0, "diagonal": 1, "twins": 2}
+_FORMS = {"nt_xent": 0, "one_way": 1, "two_way": 2}
+
+
+def refusal(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    """Why an operator over pairs cannot run these, None if it can."""
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, the embeddings are on {q.device}"
+    if q.dtype not in _DTYPES:
+        return f"it knows float32, float64, bfloat16 and float16, the embeddings are {q.dtype}"
+    return None
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _scale(scale: float, scale_tensor: Tensor | None, reciprocal: bool) -> float:
+    """`t`; reading a tensor on the CPU waits for nothing."""
+    if scale_tensor is None:
+        return scale
+    value = float(scale_tensor)
+    if not reciprocal:
+        return scale * value
+    return scale / value if value else scale * float("inf")
+
+
+def _run(op: Callable[..., int], *args: Any) -> None:
+    """All steps of an operator; between the calls of a long one Python answers Ctrl-C."""
+    step = op(*args, None, 0)
+    if step == 0:
+        return
+    memory = torch.empty(-step, dtype=torch.uint8)
+    step = 0
+    while step := op(*args, memory, step):
+        pass
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    form: str = "nt_xent",
+    normalize: bool = True,
+    need_dq: bool = False,
+    need_dk: bool = False,
+    need_dnegatives: bool = False,
+    need_dscale: bool = False,
+) -> tuple[Tensor, ...]:
+    """`reference.contrast`, fused."""
+    if form not in _FORMS:
+        raise ValueError(f"form must be 'nt_xent', 'one_way' or 'two_way', got {form!r}")
+    B = q.shape[0]
+    rows = 2 * B if form == "nt_xent" else B
+    new = functools.partial(torch.empty, dtype=compute_dtype(q.dtype))
+    out = (
+        new((B, 2) if form == "two_way" else rows),
+        new(rows),
+        new(B if form == "two_way" else 0),
+        new(q.shape if need_dq else 0),
+        new(k.shape if need_dk else 0),
+        new(negatives.shape if need_dnegatives and negatives is not None else 0),
+        new(1 if need_dscale else 0),
+    )
+    _run(
+        torch.ops.clae_fast_C.contrast.default,
+        _dense_rows(q),
+        _dense_rows(k),
+        None if negatives is None else _dense_rows(negatives),
+        _scale(scale, scale_tensor, reciprocal),
+        _FORMS[form],
+        normalize,
+        *out,
+    )
+    return out
+
+
+def _pairs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    reciprocal: bool,
+    skip: str,
+    offset: int,
+    ids: tuple[Tensor | None, Tensor | None],
+    *,
+    bias: float = 0.0,
+    negative_weight: float = 1.0,
+    by_row: tuple[Tensor | None, Tensor | None] = (None, None),
+    by_col: tuple[Tensor | None, Tensor | None] = (None, None),
+    rows: bool = True,
+    slope: bool = False,
+    dq: bool = False,
+    dk: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sweep; results that were not asked for have no elements."""
+    if skip not in _SKIPS:
+        raise ValueError(f"skip must be 'none', 'diagonal' or 'twins', got {skip!r}")
+    dtype = compute_dtype(q.dtype)
+
+    def numbers(pair: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
+        if pair[0] is None and op == "pair_grad":
+            return [None, None]
+        return [None if x is None else x.to(dtype).contiguous() for x in pair]
+
+    both = ids[0] is not None and ids[1] is not None
+    remapped = [x.to(torch.int32).contiguous() if both and x is not None else None for x in ids]
+    new = functools.partial(torch.empty, dtype=dtype)
+    N = q.shape[0]
+    out = (
+        new(N if rows else 0),
+        new(N if slope else 0),
+        new(q.shape if dq else 0),
+        new(k.shape if dk else 0),
+    )
+    _run(
+        torch.ops.clae_fast_C.pairs.default,
+        _OPS[op],
+        _dense_rows(q),
+        _dense_rows(k),
+        _scale(scale, scale_tensor, reciprocal),
+        bias,
+        negative_weight,
+        _SKIPS[skip],
+        offset,
+        *remapped,
+        *numbers(by_row),
+        *numbers(by_col),
+        *out,
+    )
+    return out
+
+
+def pair_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    skip: str = "none",
+    offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> Tensor:
+    """`reference.pair_lse`, one GEMM."""
+    ids = (row_ids, col_ids)
+    return _pairs("pair_lse", q, k, scale, scale_tensor, reciprocal, skip, offset, ids)[0]
+
+
+def pair_grad(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    skip: str = "none",
+    offset: int = 0,
+    row_lse: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    col_lse: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> Tensor:
+    """`reference.pair_grad`, two GEMMs."""
+    by_row = (row_lse, row_weight) if row_weight is not None else (None, None)
+    by_col = (col_lse, col_weight) if col_weight is not None else (None, None)
+    return _pairs(
+        "pair_grad", q, k, scale, scale_tensor, reciprocal, skip, offset, (row_ids, col_ids),
+        by_row=by_row, by_col=by_col, rows=False, dq=True,
+    )[2]  # fmt: skip
+
+
+def pair_mean(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    skip: str = "none",
+    offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.pair_mean`, two GEMMs."""
+    lse, _, o, _ = _pairs(
+        "pair_mean", q, k, scale, scale_tensor, reciprocal, skip, offset, (row_ids, col_ids),
+        dq=True,
+    )  # fmt: skip
+    return lse, o
+
+
+def pair_sigmoid(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    bias_tensor: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    need_dq: bool = False,
+    need_dk: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.pair_sigmoid`, one to three GEMMs."""
+    if bias_tensor is not None:
+        bias += float(bias_tensor)
+    loss, slope, dq, dk = _pairs(
+        "pair_sigmoid", q, k, scale, scale_tensor, reciprocal, "none", 0, (row_ids, col_ids),
+        bias=bias, by_row=(None, row_weight), slope=True, dq=need_dq, dk=need_dk,
+    )  # fmt: skip
+    return loss, slope, dq, dk
+
+
+def pair_uel(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    negative_weight: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    row_weight: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    need_dq: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`reference.pair_uel`, two GEMMs."""
+    loss, _, dq, _ = _pairs(
+        "pair_uel", q, k, scale, scale_tensor, reciprocal, "none", 0, (row_ids, col_ids),
+        negative_weight=negative_weight, by_row=(None, row_weight), dq=need_dq,
+    )  # fmt: skip
+    return loss, dq

@@ -1,0 +1,362 @@
+// The contrastive losses from raw embeddings, with the gradients of their sum, without torch.
+//
+//   loss_r = log(1 + e^(lse_r - s_r+)),   the positive + apart from the log-sum-exp
+//   d(sum) = t sum_j (r_i e^(s_ij - lse_i) + r_j e^(s_ij - lse_j)) z_j - t r_+ (z_+ - z_i),
+//   r = sigmoid(lse - s_+), r_+ its sum over the rows that share the positive
+//
+// Work in GEMMs g of all pairs (one is 2 N M D operations), one exponential per pair and sweep:
+//
+//   nt_xent             0.5 g sums + 1.5 g gradient; 1 g where the exponentials are kept
+//   one_way, dq alone   2 g in one sweep
+//   one_way, two_way    1 g sums + 1 to 2 g gradients; + 1 g where they are not kept
+//
+// Exponentials are kept of as many tiles as fit in 32 MB. Everything else is O(N D).
+//
+// A run is a number of steps: pack, first sweep, turn (log-sum-exps to weights), second sweep,
+// finish. Between two steps the caller may pause.
+#pragma once
+
+#include <limits>
+
+#include "operand.h"
+#include "schedule.h"
+
+namespace clae_fast {
+
+enum class Form { kNtXent, kOneWay, kTwoWay };
+
+template <typename C>
+struct ContrastOutputs {
+  C *loss, *lse_row, *lse_col;       // (2B,), (N,) or (B, 2); rows; columns of two_way
+  C *dq, *dk, *dnegatives, *dscale;  // null: not asked for
+};
+
+template <typename C>
+class Contrast {
+ public:
+  Contrast(Form form, const Matrix& q, const Matrix& k, const Matrix* negatives, std::int64_t width,
+           double scale, bool normalize, const ContrastOutputs<C>& out)
+      : form_(form),
+        queue_(negatives != nullptr),
+        normalize_(normalize),
+        width_(width),
+        batch_(q.rows),
+        scale_(C(scale)),
+        out_(out) {
+    const bool dscale = out.dscale != nullptr, dq = out.dq != nullptr || dscale;
+    const bool dk = out.dk != nullptr, dn = out.dnegatives != nullptr;
+    a_.first = q;
+    if (form == Form::kNtXent) {
+      a_.second = k;
+      want_a_ = dq || dk;
+    } else {
+      b_.first = queue_ ? *negatives : k;
+      if (queue_) positive_.first = k;
+      want_a_ = dq;
+      want_b_ = queue_ ? dn : dk;
+    }
+    want_any_ = dq || dk || dn;
+    mean_ = form == Form::kOneWay && want_a_ && !want_b_;
+    plan();
+  }
+
+  std::size_t bytes() {
+    Arena arena;
+    place(arena);
+    return arena.used();
+  }
+  void use(void* memory) {
+    Arena arena(memory);
+    place(arena);
+  }
+
+  std::int64_t steps() const { return finish_step() + (want_any_ ? 1 : 0); }
+  // Floating-point operations of all steps, roughly.
+  double work() const {
+    const double pairs = double(rows()) * double(columns()) * double(width_);
+    return pairs * 2 * (want_any_ ? 4 : 1);
+  }
+
+  // After a pause, with another object and the same memory: what earlier steps left in the former.
+  void resume(std::int64_t step) {
+    if (step > 0) arrange();
+    if (step > turn_step()) aim();
+  }
+
+  // parallel(n, work of one, f): f(0) ... f(n - 1), at once where it pays; f's second argument is
+  // a buffer of kEdge * kEdge elements.
+  template <typename Parallel>
+  void run(std::int64_t step, const Parallel& parallel) {
+    if (step == 0) return prepare(parallel);
+    if (step < turn_step())
+      return sweep(first_, mean_ ? Task::kMean : Task::kSums, step - 1, parallel);
+    if (step == turn_step()) {
+      turn();
+      return aim();
+    }
+    if (step < finish_step()) {
+      return sweep(second_, Task::kGradient, step - turn_step() - 1, parallel);
+    }
+    finish(parallel);
+  }
+
+ private:
+  enum class Task { kSums, kMean, kGradient };
+
+  std::int64_t rows() const { return a_.first.rows + a_.second.rows; }
+  std::int64_t columns() const { return form_ == Form::kNtXent ? rows() : b_.first.rows; }
+  std::int64_t turn_step() const { return 1 + first_.steps(); }
+  std::int64_t finish_step() const { return turn_step() + 1 + second_.steps(); }
+  bool two_phases() const { return want_any_ && !mean_ && (want_a_ || want_b_); }
+
+  static std::int64_t square_edge(std::int64_t n) { return n >= 2048 ? 128 : n >= 256 ? 64 : 32; }
+
+  void plan() {
+    const std::int64_t N = rows(), M = columns();
+    const bool by_rows = form_ == Form::kOneWay;
+    sweep_.symmetric = form_ == Form::kNtXent;
+    sweep_.width = width_;
+    sweep_.skip = sweep_.symmetric ? Skip::kTwins : queue_ ? Skip::kNone : Skip::kDiagonal;
+    // Few rows that each pass over all columns are cut finer, so that every thread has some.
+    row_edge_ = by_rows && !want_b_ ? (N >= 1024 ? 128 : N >= 256 ? 64 : 32) : square_edge(N);
+    col_edge_ = sweep_.symmetric ? row_edge_ : by_rows && !want_b_ ? kEdge : square_edge(M);
+    first_ = schedule(sweep_.symmetric ? Visit::kSymmetric
+                      : by_rows        ? Visit::kRows
+                                       : Visit::kRounds);
+    if (!two_phases()) return;
+    second_ = schedule(sweep_.symmetric     ? Visit::kSymmetric
+                       : want_a_ && want_b_ ? Visit::kRounds
+                       : want_a_            ? Visit::kRows
+                                            : Visit::kColumns);
+  }
+
+  Schedule schedule(Visit visit) const {
+    Schedule s{visit, (rows() + row_edge_ - 1) / row_edge_,
+               (columns() + col_edge_ - 1) / col_edge_};
+    const bool by_rows = visit == Visit::kRows;
+    const double of_one = 4.0 * double(width_) * double(by_rows ? columns() : rows()) *
+                          double(by_rows ? row_edge_ : col_edge_);
+    s.group = std::max<std::int64_t>(4, std::int64_t(1e10 / std::max(of_one, 1.0)));
+    return s;
+  }
+
+  void place(Arena& arena) {
+    a_.place(arena, width_, want_a_);
+    if (form_ != Form::kNtXent) b_.place(arena, width_, want_b_);
+    if (queue_) positive_.place(arena, width_, false);
+    const std::int64_t N = rows();
+    cosine_ = arena.take<C>(batch_);
+    row_share_ = arena.take<C>(N);
+    col_share_ = arena.take<C>(form_ == Form::kTwoWay ? batch_ : 0);
+    euler_ = arena.take<C>(out_.dscale == nullptr ? 0 : N);
+    alarms_ = arena.take<C>(a_.panels() + b_.panels() + positive_.panels());
+    stored_tiles_ = 0;
+    if (two_phases()) {
+      const std::int64_t I = (N + row_edge_ - 1) / row_edge_,
+                         J = (columns() + col_edge_ - 1) / col_edge_;
+      const std::int64_t of_tile = row_edge_ * col_edge_,
+                         room = (std::int64_t(32) << 20) / sizeof(C);
+      stored_tiles_ = std::min(sweep_.symmetric ? I * (I + 1) / 2 : I * J, room / of_tile);
+      stored_ = arena.take<C>(stored_tiles_ * of_tile);
+    }
+  }
+
+  template <typename Parallel>
+  void prepare(const Parallel& parallel) {
+    const Operand<C>* operands[] = {&a_, &b_, &positive_};
+    std::int64_t before = 0;
+    for (const Operand<C>* operand : operands) {
+      if (operand->x.rows == 0) continue;
+      C* alarms = alarms_ + before;
+      parallel(operand->panels(), 40.0 * kPanel * double(width_), [&](std::int64_t panel, C*) {
+        alarms[panel] = operand->pack(isa_, panel, width_, normalize_);
+      });
+      before += operand->panels();
+    }
+    const Operand<C>& other = partner();
+    const std::int64_t shift = form_ == Form::kNtXent ? batch_ : 0;
+    parallel((batch_ + kPanel - 1) / kPanel, 4.0 * kPanel * double(width_),
+             [&](std::int64_t panel, C*) {
+               const std::int64_t end = std::min(batch_, (panel + 1) * kPanel);
+               for (std::int64_t i = panel * kPanel; i < end; ++i) {
+                 const bool sphere = a_.norms.on_sphere[i] && other.norms.on_sphere[i + shift];
+                 cosine_[i] = packed_cosine(isa_, a_.z(i), a_.x.padded * kPanel, other.z(i + shift),
+                                            other.x.padded * kPanel, width_, sphere);
+               }
+             });
+    arrange();
+  }
+
+  // Whose row i (+ B in the stack) is the positive of row i.
+  const Operand<C>& partner() const {
+    return form_ == Form::kNtXent ? a_ : queue_ ? positive_ : b_;
+  }
+
+  void arrange() {
+    alarm_ = 0;
+    for (std::int64_t i = 0; i < a_.panels() + b_.panels() + positive_.panels(); ++i) {
+      alarm_ += alarms_[i];
+    }
+    double bound = std::abs(double(scale_));
+    if (!normalize_) bound *= a_.longest() * (form_ == Form::kNtXent ? a_ : b_).longest();
+    const KnownMaximum<C> maximum(bound, std::max(rows(), columns()));
+    sweep_.known = maximum.known;
+    shift_ = maximum.known ? maximum.shift : 0.0;
+    sweep_.scale = C(double(scale_) * kLog2E);
+    sweep_.shift = C(shift_ * kLog2E);
+    sweep_.stored = stored_;
+    sweep_.stored_tiles = sweep_.known ? stored_tiles_ : 0;
+    sweep_.row = a_.side(row_edge_);
+    sweep_.col = sweep_.symmetric ? sweep_.row : b_.side(col_edge_);
+    if (form_ == Form::kOneWay) sweep_.col.sum = nullptr;
+    if (mean_) sweep_.row.gradient = a_.gradient;
+  }
+
+  template <typename Parallel>
+  void sweep(const Schedule& schedule, Task task, std::int64_t step, const Parallel& parallel) {
+    const std::int64_t tiles = schedule.visit == Visit::kRows      ? schedule.col_tiles
+                               : schedule.visit == Visit::kColumns ? schedule.row_tiles
+                                                                   : 1;
+    const double of_tile = 2.0 * double(row_edge_) * double(col_edge_) * double(width_);
+    parallel(schedule.tasks(step), of_tile * double(tiles) * (task == Task::kSums ? 1 : 3),
+             [&](std::int64_t i, C* buffer) {
+               schedule.run(step, i, [&](std::int64_t I, std::int64_t J) {
+                 if (task == Task::kSums) return sums_tile(isa_, sweep_, I, J, buffer);
+                 if (task == Task::kMean) return mean_tile(isa_, sweep_, I, J, buffer);
+                 gradient_tile(isa_, sweep_, I, J, buffer);
+               });
+             });
+  }
+
+  static C softplus(C x) { return (x > 0 ? x : C(0)) + std::log1p(std::exp(-std::abs(x))); }
+  static C sigmoid(C x) {
+    const C e = std::exp(-std::abs(x));
+    return x != x ? x : x >= 0 ? 1 / (1 + e) : e / (1 + e);
+  }
+  // The log-sum-exp of a row or column, and what turns sigmoid into the sweep's weight.
+  C log_sum(const Operand<C>& operand, std::int64_t i) const {
+    const double sum = operand.sum[i];
+    if (sum == 0) return -std::numeric_limits<C>::infinity();
+    const double zero = sweep_.known ? shift_ : double(operand.top[i]) / kLog2E;
+    return C(std::log(sum) + zero);
+  }
+  C weight(const Operand<C>& operand, std::int64_t i, C share) const {
+    if (!sweep_.known && !mean_) return share;
+    return operand.sum[i] == 0 ? C(0) : C(double(share) / operand.sum[i]);
+  }
+
+  void turn() {
+    const std::int64_t N = rows();
+    const C alarm = normalize_ ? C(0) : alarm_;
+    const std::int64_t apart = form_ == Form::kTwoWay ? 2 : 1;
+    for (std::int64_t i = 0; i < N; ++i) {
+      const C lse = log_sum(a_, i), x = lse - scale_ * cosine_[i < batch_ ? i : i - batch_];
+      out_.loss[i * apart] = softplus(x) + alarm;
+      out_.lse_row[i] = a_.lse[i] = lse;
+      row_share_[i] = sigmoid(x);
+      a_.weight[i] = weight(a_, i, row_share_[i]);
+    }
+    for (std::int64_t i = 0; form_ == Form::kTwoWay && i < batch_; ++i) {
+      const C lse = log_sum(b_, i), x = lse - scale_ * cosine_[i];
+      out_.loss[i * apart + 1] = softplus(x) + alarm;
+      out_.lse_col[i] = b_.lse[i] = lse;
+      col_share_[i] = sigmoid(x);
+      b_.weight[i] = weight(b_, i, col_share_[i]);
+    }
+  }
+
+  void aim() {
+    if (mean_) return;
+    const std::int64_t N = rows();
+    sweep_.row.weight = a_.weight;
+    sweep_.row.lse = a_.lse;
+    sweep_.row.gradient = a_.gradient;
+    const bool both = out_.dscale != nullptr;
+    sweep_.row.wanted_begin = form_ == Form::kNtXent && out_.dq == nullptr && !both ? batch_ : 0;
+    sweep_.row.wanted_end = form_ == Form::kNtXent && out_.dk == nullptr && !both ? batch_ : N;
+    if (sweep_.symmetric) {
+      sweep_.col = sweep_.row;
+      return;
+    }
+    sweep_.col.gradient = b_.gradient;
+    sweep_.col.wanted_end = b_.x.rows;
+    if (form_ == Form::kTwoWay) {
+      sweep_.col.weight = b_.weight;
+      sweep_.col.lse = b_.lse;
+    }
+  }
+
+  // What the rows that share the positive of pair i pull with.
+  C share(std::int64_t i) const {
+    const C other = form_ == Form::kNtXent   ? row_share_[batch_ + i]
+                    : form_ == Form::kTwoWay ? col_share_[i]
+                                             : C(0);
+    return row_share_[i] + other;
+  }
+
+  template <typename Parallel>
+  void finish(const Parallel& parallel) {
+    const bool stacked = form_ == Form::kNtXent, dscale = out_.dscale != nullptr;
+    if (out_.dq != nullptr || dscale) {
+      give(parallel, a_, 0, batch_, partner(), stacked ? batch_ : 0, true, out_.dq);
+    }
+    if (out_.dk != nullptr || (dscale && stacked)) {
+      const Operand<C>& keys = partner();
+      const std::int64_t begin = stacked ? batch_ : 0;
+      give(parallel, keys, begin, batch_, a_, 0, true, out_.dk);
+    }
+    if (out_.dnegatives != nullptr) {
+      give(parallel, b_, 0, b_.x.rows, a_, 0, false, out_.dnegatives);
+    }
+    if (!dscale) return;
+    double sum = 0;
+    for (std::int64_t i = 0; i < rows(); ++i) sum += (stacked ? 0.5 : 1.0) * double(euler_[i]);
+    for (std::int64_t i = 0; i < batch_; ++i) sum -= double(share(i)) * double(cosine_[i]);
+    *out_.dscale = C(sum);
+  }
+
+  template <typename Parallel>
+  void give(const Parallel& parallel, const Operand<C>& mine, std::int64_t begin,
+            std::int64_t count, const Operand<C>& others, std::int64_t others_begin, bool pulled,
+            C* out) {
+    parallel((count + kPanel - 1) / kPanel, 12.0 * kPanel * double(width_),
+             [&](std::int64_t panel, C*) {
+               const std::int64_t end = std::min(count, (panel + 1) * kPanel);
+               for (std::int64_t i = panel * kPanel; i < end; ++i) {
+                 const std::int64_t row = begin + i;
+                 Back<C> back{};
+                 back.block = mine.x.padded * kPanel;
+                 back.z = mine.z(row);
+                 back.dz = mine.gradient == nullptr ? nullptr : mine.gradient + row * kPanel;
+                 back.gain = mean_ ? scale_ * a_.weight[row] : scale_;
+                 back.inverse = mine.norms.inverse[row];
+                 back.on_sphere = mine.norms.on_sphere[row];
+                 if (pulled) {
+                   back.partner = others.z(others_begin + i);
+                   back.block_of_partner = others.x.padded * kPanel;
+                   back.share = scale_ * share(i);
+                 }
+                 const C euler =
+                     give_back(isa_, back, width_, out == nullptr ? nullptr : out + i * width_);
+                 if (out_.dscale != nullptr && &mine == &a_) {
+                   euler_[row] = mean_ ? euler * a_.weight[row] : euler;
+                 }
+               }
+             });
+  }
+
+  Form form_;
+  bool queue_, normalize_, want_a_ = false, want_b_ = false, want_any_ = false, mean_ = false;
+  std::int64_t width_, batch_, row_edge_ = 0, col_edge_ = 0, stored_tiles_ = 0;
+  C scale_, alarm_ = 0;
+  double shift_ = 0;
+  ContrastOutputs<C> out_;
+  Operand<C> a_, b_, positive_;
+  Schedule first_, second_;
+  Sweep<C> sweep_;
+  C *cosine_ = nullptr, *row_share_ = nullptr, *col_share_ = nullptr, *euler_ = nullptr,
+    *alarms_ = nullptr, *stored_ = nullptr;
+  Isa isa_ = best_isa();
+};
+
+}  // namespace clae_fast

@@ -1,0 +1,125 @@
+// Rows on their way in and out of a sweep; O(N D).
+
+template <typename C, typename S>
+static void norm_of(const S* x, std::int64_t width, C& squares, C& alarm) {
+  C sums[16] = {}, zeros[16] = {};
+  std::int64_t d = 0;
+  for (; d + 16 <= width; d += 16) {
+    for (int i = 0; i < 16; ++i) {
+      const C v = widen(x[d + i]);
+      sums[i] += v * v;
+      zeros[i] += v * C(0);
+    }
+  }
+  for (int i = 0; d < width; ++d, ++i) {
+    const C v = widen(x[d]);
+    sums[i] += v * v;
+    zeros[i] += v * C(0);
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      sums[i] += sums[i + half];
+      zeros[i] += zeros[i + half];
+    }
+  }
+  squares = sums[0];
+  alarm = zeros[0];
+}
+
+template <typename S, typename C>
+static C pack_panel(const S* const* rows, std::int64_t width, bool normalize, std::int64_t first,
+                    const Packed<C>& out, const Norms<C>& norms) {
+  C alarm = 0;
+  const std::int64_t blocks = (width + kPanel - 1) / kPanel;
+  for (int r = 0; r < kPanel; ++r) {
+    const S* x = rows[r];
+    C squares = 0, bad = 0, inverse = 1;
+    if (x != nullptr) norm_of<C>(x, width, squares, bad);
+    alarm += bad;
+    const C norm = C(__builtin_sqrt(double(squares)));
+    bool on_sphere = false;
+    if (normalize) {
+      const C tiny = C(1e-12);
+      inverse = squares == C(0) ? C(0) : C(1.0 / double(norm < tiny ? tiny : norm));
+      on_sphere = norm > tiny && norm - norm == C(0);
+    }
+    if (x != nullptr) {
+      norms.inverse[first + r] = inverse;
+      norms.on_sphere[first + r] = on_sphere;
+      norms.length[first + r] = norm * inverse;
+    }
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      C* to = out.blocks + (block * out.padded + first + r) * kPanel;
+      const std::int64_t left = x == nullptr ? 0 : width - block * kPanel;
+      if (left >= kPanel) {
+        for (int i = 0; i < kPanel; ++i) to[i] = widen(x[block * kPanel + i]) * inverse;
+      } else {
+        for (int i = 0; i < kPanel; ++i) {
+          to[i] = i < left ? widen(x[block * kPanel + i]) * inverse : C(0);
+        }
+      }
+    }
+  }
+  C* panel = out.panels + first * width;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const C* from = out.blocks + (block * out.padded + first) * kPanel;
+    const std::int64_t left = width - block * kPanel;
+    const int n = left < kPanel ? int(left) : kPanel;
+    for (int d = 0; d < n; ++d) {
+      for (int r = 0; r < kPanel; ++r)
+        panel[(block * kPanel + d) * kPanel + r] = from[r * kPanel + d];
+    }
+  }
+  return alarm;
+}
+
+template <typename C>
+static C packed_cosine(const C* a, std::int64_t block_of_a, const C* b, std::int64_t block_of_b,
+                       std::int64_t width, bool on_sphere) {
+  Vector<C> sums = {};
+  for (std::int64_t block = 0; block * kPanel < width; ++block) {
+    for (int i = 0; i < kPanel; i += kLanes<C>) {
+      const Vector<C> x = at(a + block * block_of_a + i), y = at(b + block * block_of_b + i);
+      sums += on_sphere ? (x - y) * (x - y) : x * y;
+    }
+  }
+  const C sum = sum_of<C>(sums);
+  return on_sphere ? C(1) - C(0.5) * sum : sum;
+}
+
+// g before the Jacobian, one vector of it.
+template <typename C>
+CLAE_FAST_INLINE void before_jacobian(const Back<C>& b, std::int64_t block, int i, Vector<C>& g) {
+  g = Vector<C>{};
+  if (b.dz != nullptr) g = b.gain * at(b.dz + block * b.block + i);
+  if (b.partner == nullptr) return;
+  Vector<C> pull = at(b.partner + block * b.block_of_partner + i);
+  if (b.on_sphere) pull -= at(b.z + block * b.block + i);
+  g -= b.share * pull;
+}
+
+template <typename C>
+static C give_back(const Back<C>& b, std::int64_t width, C* out) {
+  Vector<C> radial = {}, euler = {}, g;
+  const std::int64_t blocks = (width + kPanel - 1) / kPanel;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    for (int i = 0; i < kPanel; i += kLanes<C>) {
+      const Vector<C> z = at(b.z + block * b.block + i);
+      if (b.dz != nullptr) euler += z * at(b.dz + block * b.block + i);
+      before_jacobian(b, block, i, g);
+      radial += z * g;
+    }
+  }
+  const C along = b.on_sphere ? sum_of<C>(radial) : C(0);
+  alignas(64) C row[kPanel];
+  for (std::int64_t block = 0; out != nullptr && block < blocks; ++block) {
+    for (int i = 0; i < kPanel; i += kLanes<C>) {
+      before_jacobian(b, block, i, g);
+      if (b.on_sphere) g -= along * at(b.z + block * b.block + i);
+      at(row + i) = g * b.inverse;
+    }
+    const std::int64_t left = width - block * kPanel;
+    std::memcpy(out + block * kPanel, row, (left < kPanel ? left : kPanel) * sizeof(C));
+  }
+  return sum_of<C>(euler);
+}

@@ -1,0 +1,86 @@
+// Which tiles are visited in which step, and by which task of it.
+//
+// Tasks of a step run at once and write different rows; steps follow one another. The order in
+// which a row meets its tiles follows from the sizes alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace clae_fast {
+
+enum class Visit {
+  kRows,       // a task owns a tile of rows and passes over all columns
+  kColumns,    // the other way round
+  kRounds,     // a task owns one tile of rows and one of columns: a Latin square of tiles
+  kSymmetric,  // likewise for I <= J of one operand: the rounds of a tournament
+};
+
+struct Schedule {
+  Visit visit = Visit::kRows;
+  std::int64_t row_tiles = 0, col_tiles = 0;
+  std::int64_t group = 1;  // owners in a step of kRows and kColumns
+
+  std::int64_t steps() const {
+    switch (visit) {
+      case Visit::kRows:
+        return (row_tiles + group - 1) / group;
+      case Visit::kColumns:
+        return (col_tiles + group - 1) / group;
+      case Visit::kRounds:
+        return row_tiles == 0 || col_tiles == 0 ? 0 : std::max(row_tiles, col_tiles);
+      case Visit::kSymmetric:  // the diagonal, then everyone against everyone
+        return row_tiles == 0 ? 0 : row_tiles + row_tiles % 2;
+    }
+    return 0;
+  }
+
+  std::int64_t tasks(std::int64_t step) const {
+    switch (visit) {
+      case Visit::kRows:
+        return std::min(group, row_tiles - step * group);
+      case Visit::kColumns:
+        return std::min(group, col_tiles - step * group);
+      case Visit::kRounds:
+        return std::min(row_tiles, col_tiles);
+      case Visit::kSymmetric:
+        return step == 0 ? row_tiles : (row_tiles + 1) / 2;
+    }
+    return 0;
+  }
+
+  // tile(I, J) for every tile of the task.
+  template <typename F>
+  void run(std::int64_t step, std::int64_t task, const F& tile) const {
+    switch (visit) {
+      case Visit::kRows:
+        for (std::int64_t J = 0; J < col_tiles; ++J) tile(step * group + task, J);
+        return;
+      case Visit::kColumns:
+        for (std::int64_t I = 0; I < row_tiles; ++I) tile(I, step * group + task);
+        return;
+      case Visit::kRounds:
+        if (row_tiles <= col_tiles) return tile(task, (task + step) % col_tiles);
+        return tile((task + step) % row_tiles, task);
+      case Visit::kSymmetric:
+        return pair(step, task, tile);
+    }
+  }
+
+ private:
+  // The circle method: one player stays, the others move on by one a round; an odd player pauses.
+  template <typename F>
+  void pair(std::int64_t step, std::int64_t task, const F& tile) const {
+    if (step == 0) return tile(task, task);
+    const std::int64_t others = row_tiles + row_tiles % 2 - 1, round = step - 1;
+    std::int64_t first = others, second = round;
+    if (task > 0) {
+      first = (round + task) % others;
+      second = (round + others - task) % others;
+    }
+    if (first >= row_tiles || second >= row_tiles) return;
+    tile(std::min(first, second), std::max(first, second));
+  }
+};
+
+}  // namespace clae_fast

@@ -1,0 +1,86 @@
+// What the operators over pairs share on PyTorch's side: checked views of tensors, and steps.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+
+#include "operand.h"
+#include "parallel.h"
+
+namespace clae_fast {
+
+inline Matrix matrix(const torch::stable::Tensor& t, const char* name) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, name, " must be a matrix on the CPU");
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have dense rows");
+  Matrix m{t.const_data_ptr(), t.size(0), t.stride(0)};
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      m.kind = Kind::kFloat;
+      break;
+    case ScalarType::Double:
+      m.kind = Kind::kDouble;
+      break;
+    case ScalarType::BFloat16:
+      m.kind = Kind::kBFloat16;
+      break;
+    case ScalarType::Half:
+      m.kind = Kind::kFloat16;
+      break;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+  return m;
+}
+
+// A dense result in the type of the arithmetic on `input`.
+inline void check_output(const torch::stable::Tensor& out, const torch::stable::Tensor& input,
+                         std::int64_t elements, const char* name) {
+  using torch::headeronly::ScalarType;
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.numel() == elements &&
+                      out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  name, " must be contiguous, with ", elements,
+                  " elements of the arithmetic's type");
+}
+
+// Runs a job from `step` on. Without memory a small job is run whole, in memory of its own; a
+// larger one answers with minus the bytes it needs. With memory it pauses after a tenth of a second
+// (the caller may then be interrupted) and answers with the step to go on with, or 0 when it is
+// done.
+template <typename C, typename Job>
+std::int64_t run_steps(Job& job, const std::optional<torch::stable::Tensor>& memory,
+                       std::int64_t step) {
+  constexpr double kSmall = 4e9;  // operations
+  constexpr std::chrono::milliseconds kPause{100};
+  const std::size_t bytes = job.bytes();
+  std::unique_ptr<char[]> own;
+  char* block = nullptr;
+  if (memory.has_value()) {
+    STD_TORCH_CHECK(memory->is_contiguous() && memory->numel() >= std::int64_t(bytes + 64),
+                    "memory must be contiguous, with ", bytes + 64, " bytes");
+    block = static_cast<char*>(memory->mutable_data_ptr());
+  } else if (job.work() > kSmall) {
+    return -std::int64_t(bytes + 64);
+  } else {
+    own.reset(new char[bytes + 64]);
+    block = own.get();
+  }
+  block += (64 - reinterpret_cast<std::uintptr_t>(block) % 64) % 64;
+  job.use(block);
+  job.resume(step);
+  const Parallel<C> parallel;
+  const auto start = std::chrono::steady_clock::now();
+  for (; step < job.steps(); ++step) {
+    if (memory.has_value() && step > 0 && std::chrono::steady_clock::now() - start > kPause) {
+      return step;
+    }
+    job.run(step, parallel);
+  }
+  return 0;
+}
+
+}  // namespace clae_fast
