@@ -143,6 +143,10 @@ def _contrast_gradients(
     )
 
 
+def _given(need: Need, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x for n, x in zip(need, tensors, strict=True) if n)
+
+
 class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -158,7 +162,9 @@ class _Contrast(torch.autograd.Function):
         now = [n and options.reduction != "none" for n in need]
         tensors = (q, k, negatives, scale_tensor)
         rows, lse_row, lse_col, *grads = _contrast(now, *tensors, options)
-        ctx.save_for_backward(*tensors, lse_row, lse_col, *grads)
+        # What was not asked for is empty: keeping it would cost time at every small batch.
+        later = (lse_row, lse_col) if options.reduction == "none" else _given(now, grads)
+        ctx.save_for_backward(*tensors, *later)
         ctx.need, ctx.options, ctx.count = need, options, rows.numel()
         return reduce_rows(rows, options.reduction)
 
@@ -167,16 +173,18 @@ class _Contrast(torch.autograd.Function):
         need, o, count = ctx.need, ctx.options, ctx.count
 
         def gradients(g: Tensor, *saved: Any) -> Gradients:
-            q, k, negatives, scale_tensor, lse_row, lse_col = saved[:6]
-            grads: Sequence[Tensor]
+            q, k, negatives, scale_tensor = saved[:4]
+            grads: Sequence[Tensor | None]
             if o.reduction == "none":
+                lse_row, lse_col = saved[4:]
                 grads = contrast_grad(
                     q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
                     lse_row, lse_col, g, need, functools.partial(raw.pair_grad, backend=o.backend),
                 )  # fmt: skip
             else:
                 factor = g / count if o.reduction == "mean" else g
-                grads = [x * factor for x in saved[6:]]
+                scaled = iter([x * factor for x in saved[4:]])
+                grads = [next(scaled) if n else None for n in need]
             return _contrast_gradients(need, grads, q, k, negatives, scale_tensor, o)
 
         return *_once(gradients, grad_output, *ctx.saved_tensors), None
@@ -211,7 +219,8 @@ def contrast_value_and_grad(
     """The reduced loss and its gradients for (q, k, negatives, scale_tensor), without a graph."""
     rows, _, _, *grads = _contrast(need, q, k, negatives, scale_tensor, options)
     if options.reduction == "mean":
-        grads = [x * (1 / rows.numel()) for x in grads]
+        factor = 1 / rows.numel()
+        grads = [x * factor if n else x for n, x in zip(need, grads, strict=True)]
     return reduce_rows(rows, options.reduction), _contrast_gradients(
         need, grads, q, k, negatives, scale_tensor, options
     )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import _extension, reference
+from . import _extension, cpp, cpp_pairs, reference
 
 OPERATORS = tuple(reference.__all__)
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -33,22 +33,8 @@ def _always(*args: Any, **kwargs: Any) -> None:
 def _load_cpp(op: str) -> Callable[..., Any]:
     if reason := _extension.load():
         raise Unavailable(reason)
-    from . import cpp, cpp_pairs
-
     kernel: Callable[..., Any] = getattr(cpp if op == "sign_step" else cpp_pairs, op)
     return kernel
-
-
-def _cpp_sign_step(*args: Any, **kwargs: Any) -> str | None:
-    from . import cpp
-
-    return cpp.sign_step_refusal(*args, **kwargs)
-
-
-def _cpp_pairs(*args: Any, **kwargs: Any) -> str | None:
-    from . import cpp_pairs
-
-    return cpp_pairs.refusal(*args, **kwargs)
 
 
 _CPP_PAIRS = tuple(op for op in OPERATORS if op != "sign_step")
@@ -57,20 +43,19 @@ TABLE = (
         Row(op, "reference", 0, functools.partial(getattr, reference, op), _always)
         for op in OPERATORS
     ),
-    Row("sign_step", "cpp", 10, functools.partial(_load_cpp, "sign_step"), _cpp_sign_step),
-    *(Row(op, "cpp", 10, functools.partial(_load_cpp, op), _cpp_pairs) for op in _CPP_PAIRS),
+    Row("sign_step", "cpp", 10, functools.partial(_load_cpp, "sign_step"), cpp.sign_step_refusal),
+    *(Row(op, "cpp", 10, functools.partial(_load_cpp, op), cpp_pairs.refusal) for op in _CPP_PAIRS),
 )
 
 
 @functools.cache
-def _rows(op: str) -> tuple[Row, ...]:
-    """The rows of an operator, best first."""
-    return tuple(sorted((r for r in TABLE if r.op == op), key=lambda r: -r.priority))
+def _candidates(op: str) -> tuple[tuple[Row, Callable[..., Any] | str], ...]:
+    """The rows of an operator, best first, each with its kernel or why there is none."""
+    rows = sorted((r for r in TABLE if r.op == op), key=lambda r: -r.priority)
+    return tuple((row, _load(row)) for row in rows)
 
 
-@functools.cache
-def _loaded(row: Row) -> Callable[..., Any] | str:
-    """The kernel, or why there is none."""
+def _load(row: Row) -> Callable[..., Any] | str:
     try:
         return row.load()
     except Unavailable as reason:
@@ -85,18 +70,20 @@ def choose(
     Raises:
         RuntimeError: a forced backend cannot run it; names each reason.
     """
-    reasons = []
-    for row in _rows(op):
-        if backend not in ("auto", row.backend):
-            continue
-        kernel = _loaded(row)
-        reason = kernel if isinstance(kernel, str) else row.can_run(*args, **kwargs)
-        if reason is None:
-            assert callable(kernel)
+    for row, kernel in _candidates(op):
+        if (
+            not isinstance(kernel, str)
+            and backend in ("auto", row.backend)
+            and row.can_run(*args, **kwargs) is None
+        ):
             return kernel
-        reasons.append(reason)
+    reasons = [
+        kernel if isinstance(kernel, str) else str(row.can_run(*args, **kwargs))
+        for row, kernel in _candidates(op)
+        if backend in ("auto", row.backend)
+    ]
     why = "; ".join(reasons) or "it has no kernel for this operator in this version"
-    have = ", ".join(row.backend for row in _rows(op))
+    have = ", ".join(row.backend for row, _ in _candidates(op))
     raise RuntimeError(
         f"backend={backend!r} cannot run {op}: {why} (backends with a kernel: {have}; "
         "a backend is forced by the argument, by use_backend or by CLAE_FAST_BACKEND)"
@@ -152,7 +139,7 @@ def available_backends() -> dict[str, dict[str, str]]:
     """`{operator: {backend: "ok" or the reason}}` for this installation and machine."""
     table: dict[str, dict[str, str]] = {}
     for op in OPERATORS:
-        kernels = {row.backend: _loaded(row) for row in _rows(op)}
+        kernels = {row.backend: kernel for row, kernel in _candidates(op)}
         table[op] = {
             backend: "ok" if callable(kernel) else kernel
             for backend in BACKENDS

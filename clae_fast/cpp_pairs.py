@@ -10,6 +10,7 @@ from torch import Tensor
 from .numerics import compute_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PAUSE_MS = 100  # how long a kernel may run before Python looks for Ctrl-C
 _OPS = {"pair_lse": 0, "pair_grad": 1, "pair_mean": 2, "pair_sigmoid": 3, "pair_uel": 4}
 _SKIPS = {"none": 0, "diagonal": 1, "twins": 2}
 _FORMS = {"nt_xent": 0, "one_way": 1, "two_way": 2}
@@ -40,12 +41,12 @@ def _scale(scale: float, scale_tensor: Tensor | None, reciprocal: bool) -> float
 
 def _run(op: Callable[..., int], *args: Any) -> None:
     """All steps of an operator; between the calls of a long one Python answers Ctrl-C."""
-    step = op(*args, None, 0)
+    step = op(*args, None, 0, PAUSE_MS)
     if step == 0:
         return
     memory = torch.empty(-step, dtype=torch.uint8)
     step = 0
-    while step := op(*args, memory, step):
+    while step := op(*args, memory, step, PAUSE_MS):
         pass
 
 

@@ -46,8 +46,11 @@ SCHEMAS = {
 
 def _implementation(op: str) -> Callable[..., Any]:
     def run(*args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        kernel = choose(op, backend, args, kwargs)
+        if not torch.is_grad_enabled():
+            return kernel(*args, **kwargs)
         with torch.no_grad():
-            return choose(op, backend, args, kwargs)(*args, **kwargs)
+            return kernel(*args, **kwargs)
 
     return run
 

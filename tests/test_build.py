@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,13 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import SANITIZE, compile_and_run, copy_tree, setup
 
 from clae_fast import _extension
 
-ROOT = Path(__file__).resolve().parent.parent
 REASON = _extension.load()
 NOT_BUILT = os.environ.get("CLAE_FAST_BUILD") == "none"
-CXX = os.environ.get("CXX", "c++")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 INF, NAN = math.inf, math.nan
@@ -241,31 +239,20 @@ def test_more_refusals():
 # ------------------------------------------------------------- the header, without torch
 
 
-def compile_and_run(folder, *flags):
-    source, binary = ROOT / "csrc" / "tests" / "sign_step.cpp", folder / "main"
-    command = [*shlex.split(CXX), "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags]
-    built = subprocess.run([*command, source, "-o", binary], capture_output=True, text=True)
-    if built.returncode and "sanitize" in " ".join(flags) and "cannot find" in built.stderr:
-        pytest.skip("the sanitizer's library is not installed")
-    assert built.returncode == 0, built.stderr
-    ran = subprocess.run(
-        [binary], env={"ASAN_OPTIONS": "detect_leaks=0"}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout.split()
-
-
 @needs_extension
 def test_same_bits_on_every_instruction_set(tmp_path):
-    isa, bits = compile_and_run(tmp_path, "-O3")
+    isa, bits = compile_and_run(tmp_path, "sign_step", "-O3")
     assert isa == torch.ops.clae_fast_C.isa()
-    assert compile_and_run(tmp_path, "-O3", "-DCLAE_FAST_NO_SIMD") == ["baseline", bits]
-    assert compile_and_run(tmp_path, "-O1", "-ffp-contract=off") == [isa, bits]
+    assert compile_and_run(tmp_path, "sign_step", "-O3", "-DCLAE_FAST_NO_SIMD") == [
+        "baseline",
+        bits,
+    ]
+    assert compile_and_run(tmp_path, "sign_step", "-O1", "-ffp-contract=off") == [isa, bits]
 
 
 @needs_extension
 def test_sanitizers_find_nothing(tmp_path):
-    compile_and_run(tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compile_and_run(tmp_path, "sign_step", *SANITIZE)
 
 
 # ---------------------------------------------------------------------------------- the build
@@ -273,29 +260,7 @@ def test_sanitizers_find_nothing(tmp_path):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what a build reads."""
-    copy = tmp_path / "tree"
-    copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    ignore = shutil.ignore_patterns("*.so", "_build.json*", "__pycache__")
-    for name in ("csrc", "kernels", "clae_fast"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
-    return copy
-
-
-def setup(tree, *command, path=None, **env):
-    kept = {k: v for k, v in os.environ.items() if k not in ("CLAE_FAST_BUILD", "PYTHONPATH")}
-    path = path or os.environ["PATH"]
-    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
-    return subprocess.run(
-        [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))],
-        cwd=tree,
-        env=kept | env,
-        capture_output=True,
-        text=True,
-    )
+    return copy_tree(tmp_path / "tree")
 
 
 def facts(tree):

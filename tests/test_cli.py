@@ -39,13 +39,13 @@ def test_info_without_a_build(capsys, monkeypatch):
     reason = "not built: no C++ compiler"
     monkeypatch.setattr(_extension, "load", lambda: reason)
     monkeypatch.setattr(_extension, "build_facts", dict)
-    backends._loaded.cache_clear()
+    backends._candidates.cache_clear()
     try:
         assert main(["info"]) == 0
     finally:
-        backends._loaded.cache_clear()
+        backends._candidates.cache_clear()
     out = capsys.readouterr().out
-    assert f"- cpp: {reason} (sign_step)" in out
+    assert f"- cpp: {reason} (contrast, pair_grad, " in out
     assert "pip install -e ." in out
 
 

@@ -76,7 +76,7 @@ def test_queue():
     _, fused = value_and_grad(cf.info_nce_loss)(q, k, queue)
     assert all(torch.equal(a, b) for a, b in zip(fused, grads, strict=True))
     _, (dq, dk, dqueue) = value_and_grad(cf.info_nce_loss, argnums=[0])(q, k, queue)
-    assert torch.equal(dq, grads[0])
+    torch.testing.assert_close(dq, grads[0])  # alone it takes one sweep instead of two
     assert dk is None
     assert dqueue is None
 

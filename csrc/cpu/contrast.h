@@ -77,6 +77,8 @@ class Contrast {
     return pairs * 2 * (want_any_ ? 4 : 1);
   }
 
+  void use_isa(Isa isa) { isa_ = isa; }
+
   // After a pause, with another object and the same memory: what earlier steps left in the former.
   void resume(std::int64_t step) {
     if (step > 0) arrange();
@@ -109,7 +111,7 @@ class Contrast {
   std::int64_t finish_step() const { return turn_step() + 1 + second_.steps(); }
   bool two_phases() const { return want_any_ && !mean_ && (want_a_ || want_b_); }
 
-  static std::int64_t square_edge(std::int64_t n) { return n >= 2048 ? 128 : n >= 256 ? 64 : 32; }
+  static std::int64_t square_edge(std::int64_t n) { return n >= 2048 ? 128 : n >= 128 ? 64 : 32; }
 
   void plan() {
     const std::int64_t N = rows(), M = columns();
@@ -120,6 +122,19 @@ class Contrast {
     // Few rows that each pass over all columns are cut finer, so that every thread has some.
     row_edge_ = by_rows && !want_b_ ? (N >= 1024 ? 128 : N >= 256 ? 64 : 32) : square_edge(N);
     col_edge_ = sweep_.symmetric ? row_edge_ : by_rows && !want_b_ ? kEdge : square_edge(M);
+    choose_visits();
+  }
+
+  // Where the exponentials of all tiles are kept, nothing is swept twice: each tile is a task of
+  // the one step that makes them, and each tile of rows or columns one of the step that gathers
+  // them.
+  void choose_visits() {
+    const bool by_rows = form_ == Form::kOneWay;
+    if (kept_) {
+      first_ = schedule(sweep_.symmetric ? Visit::kUpperTiles : Visit::kTiles);
+      second_ = Schedule();
+      return;
+    }
     first_ = schedule(sweep_.symmetric ? Visit::kSymmetric
                       : by_rows        ? Visit::kRows
                                        : Visit::kRounds);
@@ -131,8 +146,7 @@ class Contrast {
   }
 
   Schedule schedule(Visit visit) const {
-    Schedule s{visit, (rows() + row_edge_ - 1) / row_edge_,
-               (columns() + col_edge_ - 1) / col_edge_};
+    Schedule s{visit, tiles(rows(), row_edge_), tiles(columns(), col_edge_)};
     const bool by_rows = visit == Visit::kRows;
     const double of_one = 4.0 * double(width_) * double(by_rows ? columns() : rows()) *
                           double(by_rows ? row_edge_ : col_edge_);
@@ -151,14 +165,23 @@ class Contrast {
     euler_ = arena.take<C>(out_.dscale == nullptr ? 0 : N);
     alarms_ = arena.take<C>(a_.panels() + b_.panels() + positive_.panels());
     stored_tiles_ = 0;
-    if (two_phases()) {
-      const std::int64_t I = (N + row_edge_ - 1) / row_edge_,
-                         J = (columns() + col_edge_ - 1) / col_edge_;
-      const std::int64_t of_tile = row_edge_ * col_edge_,
-                         room = (std::int64_t(32) << 20) / sizeof(C);
-      stored_tiles_ = std::min(sweep_.symmetric ? I * (I + 1) / 2 : I * J, room / of_tile);
-      stored_ = arena.take<C>(stored_tiles_ * of_tile);
+    if (!two_phases()) return;
+    const std::int64_t of_tile = row_edge_ * col_edge_, room = (std::int64_t(32) << 20) / sizeof(C);
+    stored_tiles_ = std::min(all_tiles(), room / of_tile);
+    stored_ = arena.take<C>(stored_tiles_ * of_tile);
+    if (stored_tiles_ < all_tiles()) return;
+    row_parts_ = arena.take<double>(a_.x.padded * tiles(columns(), col_edge_));
+    if (form_ == Form::kTwoWay) {
+      col_parts_ = arena.take<double>(b_.x.padded * tiles(N, row_edge_));
     }
+  }
+
+  static std::int64_t tiles(std::int64_t rows, std::int64_t edge) {
+    return (rows + edge - 1) / edge;
+  }
+  std::int64_t all_tiles() const {
+    const std::int64_t I = tiles(rows(), row_edge_), J = tiles(columns(), col_edge_);
+    return sweep_.symmetric ? I * (I + 1) / 2 : I * J;
   }
 
   template <typename Parallel>
@@ -202,13 +225,23 @@ class Contrast {
     const KnownMaximum<C> maximum(bound, std::max(rows(), columns()));
     sweep_.known = maximum.known;
     shift_ = maximum.known ? maximum.shift : 0.0;
-    sweep_.scale = C(double(scale_) * kLog2E);
+    sweep_.scale = sweep_.known ? C(double(scale_) * kLog2E) : scale_;
     sweep_.shift = C(shift_ * kLog2E);
     sweep_.stored = stored_;
     sweep_.stored_tiles = sweep_.known ? stored_tiles_ : 0;
+    kept_ = sweep_.known && stored_tiles_ > 0 && stored_tiles_ == all_tiles();
+    choose_visits();
     sweep_.row = a_.side(row_edge_);
+    if (kept_) {
+      sweep_.row.sum = row_parts_;
+      sweep_.row_slot = a_.x.padded;
+    }
     sweep_.col = sweep_.symmetric ? sweep_.row : b_.side(col_edge_);
     if (form_ == Form::kOneWay) sweep_.col.sum = nullptr;
+    if (kept_) {
+      sweep_.col_slot = sweep_.symmetric ? a_.x.padded : b_.x.padded;
+      if (form_ == Form::kTwoWay) sweep_.col.sum = col_parts_;
+    }
     if (mean_) sweep_.row.gradient = a_.gradient;
   }
 
@@ -223,7 +256,11 @@ class Contrast {
                schedule.run(step, i, [&](std::int64_t I, std::int64_t J) {
                  if (task == Task::kSums) return sums_tile(isa_, sweep_, I, J, buffer);
                  if (task == Task::kMean) return mean_tile(isa_, sweep_, I, J, buffer);
-                 gradient_tile(isa_, sweep_, I, J, buffer);
+                 const bool into_rows = sweep_.row.wants(I);
+                 const bool into_columns = sweep_.col.wants(J) && !(sweep_.symmetric && I == J);
+                 if (into_rows || into_columns) {
+                   gradient_tile(isa_, sweep_, I, J, into_rows, into_columns, buffer);
+                 }
                });
              });
   }
@@ -237,29 +274,39 @@ class Contrast {
   C log_sum(const Operand<C>& operand, std::int64_t i) const {
     const double sum = operand.sum[i];
     if (sum == 0) return -std::numeric_limits<C>::infinity();
-    const double zero = sweep_.known ? shift_ : double(operand.top[i]) / kLog2E;
+    const double zero = sweep_.known ? shift_ : double(operand.top[i]);
     return C(std::log(sum) + zero);
   }
   C weight(const Operand<C>& operand, std::int64_t i, C share) const {
-    if (!sweep_.known && !mean_) return share;
     return operand.sum[i] == 0 ? C(0) : C(double(share) / operand.sum[i]);
   }
 
+  // The parts of a row's sum, in the order of the tiles.
+  static void add_up(const Operand<C>& operand, const double* parts, std::int64_t slots) {
+    for (std::int64_t i = 0; i < operand.x.rows; ++i) operand.sum[i] = parts[i];
+    for (std::int64_t slot = 1; slot < slots; ++slot) {
+      parts += operand.x.padded;
+      for (std::int64_t i = 0; i < operand.x.rows; ++i) operand.sum[i] += parts[i];
+    }
+  }
+
   void turn() {
+    if (kept_) add_up(a_, row_parts_, first_.col_tiles);
+    if (kept_ && form_ == Form::kTwoWay) add_up(b_, col_parts_, first_.row_tiles);
     const std::int64_t N = rows();
     const C alarm = normalize_ ? C(0) : alarm_;
     const std::int64_t apart = form_ == Form::kTwoWay ? 2 : 1;
     for (std::int64_t i = 0; i < N; ++i) {
       const C lse = log_sum(a_, i), x = lse - scale_ * cosine_[i < batch_ ? i : i - batch_];
       out_.loss[i * apart] = softplus(x) + alarm;
-      out_.lse_row[i] = a_.lse[i] = lse;
+      out_.lse_row[i] = lse;
       row_share_[i] = sigmoid(x);
       a_.weight[i] = weight(a_, i, row_share_[i]);
     }
     for (std::int64_t i = 0; form_ == Form::kTwoWay && i < batch_; ++i) {
       const C lse = log_sum(b_, i), x = lse - scale_ * cosine_[i];
       out_.loss[i * apart + 1] = softplus(x) + alarm;
-      out_.lse_col[i] = b_.lse[i] = lse;
+      out_.lse_col[i] = lse;
       col_share_[i] = sigmoid(x);
       b_.weight[i] = weight(b_, i, col_share_[i]);
     }
@@ -269,7 +316,7 @@ class Contrast {
     if (mean_) return;
     const std::int64_t N = rows();
     sweep_.row.weight = a_.weight;
-    sweep_.row.lse = a_.lse;
+    sweep_.row.lse = a_.top;
     sweep_.row.gradient = a_.gradient;
     const bool both = out_.dscale != nullptr;
     sweep_.row.wanted_begin = form_ == Form::kNtXent && out_.dq == nullptr && !both ? batch_ : 0;
@@ -282,7 +329,7 @@ class Contrast {
     sweep_.col.wanted_end = b_.x.rows;
     if (form_ == Form::kTwoWay) {
       sweep_.col.weight = b_.weight;
-      sweep_.col.lse = b_.lse;
+      sweep_.col.lse = b_.top;
     }
   }
 
@@ -296,57 +343,84 @@ class Contrast {
 
   template <typename Parallel>
   void finish(const Parallel& parallel) {
-    const bool stacked = form_ == Form::kNtXent, dscale = out_.dscale != nullptr;
-    if (out_.dq != nullptr || dscale) {
-      give(parallel, a_, 0, batch_, partner(), stacked ? batch_ : 0, true, out_.dq);
+    if (kept_) {
+      gather(parallel);
+    } else {
+      give(parallel, a_);
+      give(parallel, b_);
     }
-    if (out_.dk != nullptr || (dscale && stacked)) {
-      const Operand<C>& keys = partner();
-      const std::int64_t begin = stacked ? batch_ : 0;
-      give(parallel, keys, begin, batch_, a_, 0, true, out_.dk);
-    }
-    if (out_.dnegatives != nullptr) {
-      give(parallel, b_, 0, b_.x.rows, a_, 0, false, out_.dnegatives);
-    }
-    if (!dscale) return;
+    if (queue_ && out_.dk != nullptr) give(parallel, positive_);
+    if (out_.dscale == nullptr) return;
+    const bool stacked = form_ == Form::kNtXent;
     double sum = 0;
     for (std::int64_t i = 0; i < rows(); ++i) sum += (stacked ? 0.5 : 1.0) * double(euler_[i]);
     for (std::int64_t i = 0; i < batch_; ++i) sum -= double(share(i)) * double(cosine_[i]);
     *out_.dscale = C(sum);
   }
 
+  // One task per tile of rows, or of columns, from the kept exponentials to the caller's rows.
   template <typename Parallel>
-  void give(const Parallel& parallel, const Operand<C>& mine, std::int64_t begin,
-            std::int64_t count, const Operand<C>& others, std::int64_t others_begin, bool pulled,
-            C* out) {
-    parallel((count + kPanel - 1) / kPanel, 12.0 * kPanel * double(width_),
-             [&](std::int64_t panel, C*) {
-               const std::int64_t end = std::min(count, (panel + 1) * kPanel);
-               for (std::int64_t i = panel * kPanel; i < end; ++i) {
-                 const std::int64_t row = begin + i;
-                 Back<C> back{};
-                 back.block = mine.x.padded * kPanel;
-                 back.z = mine.z(row);
-                 back.dz = mine.gradient == nullptr ? nullptr : mine.gradient + row * kPanel;
-                 back.gain = mean_ ? scale_ * a_.weight[row] : scale_;
-                 back.inverse = mine.norms.inverse[row];
-                 back.on_sphere = mine.norms.on_sphere[row];
-                 if (pulled) {
-                   back.partner = others.z(others_begin + i);
-                   back.block_of_partner = others.x.padded * kPanel;
-                   back.share = scale_ * share(i);
-                 }
-                 const C euler =
-                     give_back(isa_, back, width_, out == nullptr ? nullptr : out + i * width_);
-                 if (out_.dscale != nullptr && &mine == &a_) {
-                   euler_[row] = mean_ ? euler * a_.weight[row] : euler;
-                 }
-               }
-             });
+  void gather(const Parallel& parallel) {
+    const std::int64_t I_tiles = first_.row_tiles, J_tiles = first_.col_tiles;
+    const std::int64_t of_columns = sweep_.symmetric ? 0 : J_tiles;
+    const double work = 2.0 * double(row_edge_) * double(columns()) * double(width_);
+    parallel(I_tiles + of_columns, work, [&](std::int64_t task, C* buffer) {
+      if (task >= I_tiles) {
+        const std::int64_t J = task - I_tiles;
+        if (!sweep_.col.wants(J)) return;
+        for (std::int64_t I = 0; I < I_tiles; ++I) {
+          gradient_tile(isa_, sweep_, I, J, false, true, buffer);
+        }
+        return give_rows(b_, sweep_.col.begin(J), sweep_.col.size(J));
+      }
+      if (!sweep_.row.wants(task)) return;
+      for (std::int64_t J = 0; J < J_tiles; ++J) {
+        if (sweep_.symmetric && J < task) {
+          gradient_tile(isa_, sweep_, J, task, false, true, buffer);
+        } else {
+          gradient_tile(isa_, sweep_, task, J, true, false, buffer);
+        }
+      }
+      give_rows(a_, sweep_.row.begin(task), sweep_.row.size(task));
+    });
+  }
+
+  template <typename Parallel>
+  void give(const Parallel& parallel, const Operand<C>& mine) {
+    parallel(mine.panels(), 12.0 * kPanel * double(width_), [&](std::int64_t panel, C*) {
+      give_rows(mine, panel * kPanel, std::min(kPanel + 0L, mine.x.rows - panel * kPanel));
+    });
+  }
+
+  void give_rows(const Operand<C>& mine, std::int64_t begin, std::int64_t count) {
+    for (std::int64_t row = begin; row < begin + count; ++row) {
+      const bool first = &mine == &a_, stacked = form_ == Form::kNtXent;
+      const bool key = stacked ? row >= batch_ : !first;
+      const bool negative = queue_ && &mine == &b_;
+      C* out = negative ? out_.dnegatives : key ? out_.dk : out_.dq;
+      if (out == nullptr && !(first && out_.dscale != nullptr)) continue;
+      const std::int64_t i = stacked && key ? row - batch_ : row;
+      Back<C> back{};
+      back.block = mine.x.padded * kPanel;
+      back.z = mine.z(row);
+      back.dz = mine.gradient == nullptr ? nullptr : mine.gradient + row * kPanel;
+      back.gain = mean_ ? scale_ * a_.weight[row] : scale_;
+      back.inverse = mine.norms.inverse[row];
+      back.on_sphere = mine.norms.on_sphere[row];
+      if (!negative) {
+        const Operand<C>& others = key ? a_ : partner();
+        back.partner = others.z(stacked && !key ? i + batch_ : i);
+        back.block_of_partner = others.x.padded * kPanel;
+        back.share = scale_ * share(i);
+      }
+      const C euler = give_back(isa_, back, width_, out == nullptr ? nullptr : out + i * width_);
+      if (first && out_.dscale != nullptr) euler_[row] = mean_ ? euler * a_.weight[row] : euler;
+    }
   }
 
   Form form_;
-  bool queue_, normalize_, want_a_ = false, want_b_ = false, want_any_ = false, mean_ = false;
+  bool queue_, normalize_, want_a_ = false, want_b_ = false, want_any_ = false, mean_ = false,
+                           kept_ = false;
   std::int64_t width_, batch_, row_edge_ = 0, col_edge_ = 0, stored_tiles_ = 0;
   C scale_, alarm_ = 0;
   double shift_ = 0;
@@ -354,6 +428,7 @@ class Contrast {
   Operand<C> a_, b_, positive_;
   Schedule first_, second_;
   Sweep<C> sweep_;
+  double *row_parts_ = nullptr, *col_parts_ = nullptr;
   C *cosine_ = nullptr, *row_share_ = nullptr, *col_share_ = nullptr, *euler_ = nullptr,
     *alarms_ = nullptr, *stored_ = nullptr;
   Isa isa_ = best_isa();

@@ -65,7 +65,7 @@ struct Operand {
   Matrix first, second;
   Packed<C> x{};
   Norms<C> norms{};
-  C *gradient = nullptr, *top = nullptr, *weight = nullptr, *lse = nullptr;
+  C *gradient = nullptr, *top = nullptr, *weight = nullptr;
   double* sum = nullptr;
 
   void place(Arena& arena, std::int64_t width, bool with_gradient) {
@@ -80,7 +80,6 @@ struct Operand {
     sum = arena.take<double>(padded);
     top = arena.take<C>(padded);
     weight = arena.take<C>(padded);
-    lse = arena.take<C>(padded);
     gradient = with_gradient ? arena.take<C>(padded * round_up(width, kPanel)) : nullptr;
   }
 

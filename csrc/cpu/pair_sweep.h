@@ -61,6 +61,7 @@ class PairSweep {
   double work() const {
     return 6.0 * double(arg_.q.rows) * double(arg_.k.rows) * double(arg_.width);
   }
+  void use_isa(Isa isa) { isa_ = isa; }
   void resume(std::int64_t step) {
     if (step > 0) arrange();
   }
@@ -134,7 +135,7 @@ class PairSweep {
     const KnownMaximum<C> maximum(bound, std::max(arg_.q.rows, arg_.k.rows));
     sweep_.known = maximum.known && arg_.op != PairOp::kGrad;  // it is given log-sum-exps
     shift_ = sweep_.known ? maximum.shift : 0.0;
-    sweep_.scale = C(arg_.scale * kLog2E);
+    sweep_.scale = C(sweep_.known ? arg_.scale * kLog2E : arg_.scale);
     sweep_.shift = C(shift_ * kLog2E);
   }
 
@@ -143,7 +144,7 @@ class PairSweep {
       case PairOp::kLse:
         return sums_tile(isa_, sweep_, I, J, buffer);
       case PairOp::kGrad:
-        return gradient_tile(isa_, sweep_, I, J, buffer);
+        return gradient_tile(isa_, sweep_, I, J, true, false, buffer);
       case PairOp::kMean:
         return mean_tile(isa_, sweep_, I, J, buffer);
       default:
@@ -167,7 +168,7 @@ class PairSweep {
     for (std::int64_t i = 0; i < arg_.q.rows; ++i) {
       if (arg_.op == PairOp::kLse || arg_.op == PairOp::kMean) {
         const double sum = q_.sum[i];
-        const double zero = sweep_.known ? shift_ : double(q_.top[i]) / kLog2E;
+        const double zero = sweep_.known ? shift_ : double(q_.top[i]);
         arg_.rows[i] = sum == 0 ? -std::numeric_limits<C>::infinity() : C(std::log(sum) + zero);
       } else if (arg_.op == PairOp::kSigmoid) {
         arg_.rows[i] = C(q_.sum[i]) + alarm_;

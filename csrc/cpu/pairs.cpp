@@ -23,8 +23,9 @@ void sums_tile(Isa isa, const Sweep<C>& s, std::int64_t I, std::int64_t J, C* bu
   CLAE_FAST_CHOOSE(sums_tile(s, I, J, buffer));
 }
 template <typename C>
-void gradient_tile(Isa isa, const Sweep<C>& s, std::int64_t I, std::int64_t J, C* buffer) {
-  CLAE_FAST_CHOOSE(gradient_tile(s, I, J, buffer));
+void gradient_tile(Isa isa, const Sweep<C>& s, std::int64_t I, std::int64_t J, bool rows,
+                   bool columns, C* buffer) {
+  CLAE_FAST_CHOOSE(gradient_tile(s, I, J, rows, columns, buffer));
 }
 template <typename C>
 void mean_tile(Isa isa, const Sweep<C>& s, std::int64_t I, std::int64_t J, C* buffer) {
@@ -53,14 +54,14 @@ C give_back(Isa isa, const Back<C>& row, std::int64_t width, C* out) {
   CLAE_FAST_CHOOSE(give_back(row, width, out));
 }
 
-#define CLAE_FAST_FOR(C)                                                                      \
-  template void sums_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, C*);              \
-  template void gradient_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, C*);          \
-  template void mean_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, C*);              \
-  template void sigmoid_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, C*);           \
-  template void uel_rows(Isa, const Uel<C>&, std::int64_t, C*, C*);                           \
-  template C packed_cosine(Isa, const C*, std::int64_t, const C*, std::int64_t, std::int64_t, \
-                           bool);                                                             \
+#define CLAE_FAST_FOR(C)                                                                         \
+  template void sums_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, C*);                 \
+  template void gradient_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, bool, bool, C*); \
+  template void mean_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, C*);                 \
+  template void sigmoid_tile(Isa, const Sweep<C>&, std::int64_t, std::int64_t, C*);              \
+  template void uel_rows(Isa, const Uel<C>&, std::int64_t, C*, C*);                              \
+  template C packed_cosine(Isa, const C*, std::int64_t, const C*, std::int64_t, std::int64_t,    \
+                           bool);                                                                \
   template C give_back(Isa, const Back<C>&, std::int64_t, C*)
 CLAE_FAST_FOR(float);
 CLAE_FAST_FOR(double);

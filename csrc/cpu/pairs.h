@@ -56,8 +56,9 @@ struct Side {
   const std::int32_t* ids = nullptr;
   // sums
   double* sum = nullptr;
-  C* top = nullptr;  // running maximum, in units of log 2; unused with a known one
-  // gradient; with a known maximum `weight` holds w e^(c - l) and `lse` is unused
+  C* top = nullptr;  // running maximum; unused with a known one
+  // gradient; `lse` may be any reference point l with its own weight, and is unused with a known
+  // maximum, where `weight` holds w e^(c - l)
   const C *weight = nullptr, *lse = nullptr;
   C* gradient = nullptr;  // (D / 32, N, 32)
   std::int64_t wanted_begin = 0, wanted_end = 0;
@@ -83,6 +84,9 @@ struct Sweep {
   double* slope = nullptr;  // and its sums of g over each row
   Skip skip = Skip::kNone;
   std::int64_t offset = 0;
+  // Where sums of tile (I, J) go: row i to row.sum[J * row_slot + i], column j to
+  // col.sum[I * col_slot + j]; without slots they are added up in the order of the visit.
+  std::int64_t row_slot = 0, col_slot = 0;
   C* stored = nullptr;  // the exponentials of the first tiles, kept from the sums
   std::int64_t stored_tiles = 0;
 
@@ -131,8 +135,10 @@ struct Uel {
 // buffer: kEdge * kEdge elements, aligned to 64 bytes.
 template <typename C>
 void sums_tile(Isa, const Sweep<C>&, std::int64_t I, std::int64_t J, C* buffer);
+// What tile (I, J) adds to the gradients of its rows and of its columns.
 template <typename C>
-void gradient_tile(Isa, const Sweep<C>&, std::int64_t I, std::int64_t J, C* buffer);
+void gradient_tile(Isa, const Sweep<C>&, std::int64_t I, std::int64_t J, bool rows, bool columns,
+                   C* buffer);
 template <typename C>
 void mean_tile(Isa, const Sweep<C>&, std::int64_t I, std::int64_t J, C* buffer);
 template <typename C>

@@ -1,29 +1,57 @@
 // Rows on their way in and out of a sweep; O(N D).
 
 template <typename C, typename S>
-static void norm_of(const S* x, std::int64_t width, C& squares, C& alarm) {
-  C sums[16] = {}, zeros[16] = {};
+static C squares_of(const S* x, std::int64_t width) {
+  C sums[16] = {};
   std::int64_t d = 0;
   for (; d + 16 <= width; d += 16) {
     for (int i = 0; i < 16; ++i) {
       const C v = widen(x[d + i]);
       sums[i] += v * v;
-      zeros[i] += v * C(0);
     }
   }
   for (int i = 0; d < width; ++d, ++i) {
     const C v = widen(x[d]);
     sums[i] += v * v;
-    zeros[i] += v * C(0);
   }
   for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      sums[i] += sums[i + half];
-      zeros[i] += zeros[i + half];
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
+// 0, or NaN where an element is not finite.
+template <typename C, typename S>
+static C alarm_of(const S* x, std::int64_t width) {
+  C alarm = 0;
+  for (std::int64_t d = 0; d < width; ++d) alarm += C(widen(x[d])) * C(0);
+  return alarm;
+}
+
+// to[d][r] = from[r][d], 32 x 32.
+static void transpose(const float* from, float* to, int rows_of_to) {
+  typedef float Four __attribute__((vector_size(16)));
+  for (int d = 0; d < rows_of_to; d += 4) {
+    for (int r = 0; r < kPanel; r += 4) {
+      Four in[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&in[i], from + (r + i) * kPanel + d, sizeof(Four));
+      const Four a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5),
+                 b = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5),
+                 c = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7),
+                 e = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+      const Four out[4] = {
+          __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+          __builtin_shufflevector(c, e, 0, 1, 4, 5), __builtin_shufflevector(c, e, 2, 3, 6, 7)};
+      for (int i = 0; i < 4 && d + i < rows_of_to; ++i) {
+        std::memcpy(to + (d + i) * kPanel + r, &out[i], sizeof(Four));
+      }
     }
   }
-  squares = sums[0];
-  alarm = zeros[0];
+}
+static void transpose(const double* from, double* to, int rows_of_to) {
+  for (int d = 0; d < rows_of_to; ++d) {
+    for (int r = 0; r < kPanel; ++r) to[d * kPanel + r] = from[r * kPanel + d];
+  }
 }
 
 template <typename S, typename C>
@@ -33,17 +61,17 @@ static C pack_panel(const S* const* rows, std::int64_t width, bool normalize, st
   const std::int64_t blocks = (width + kPanel - 1) / kPanel;
   for (int r = 0; r < kPanel; ++r) {
     const S* x = rows[r];
-    C squares = 0, bad = 0, inverse = 1;
-    if (x != nullptr) norm_of<C>(x, width, squares, bad);
-    alarm += bad;
-    const C norm = C(__builtin_sqrt(double(squares)));
-    bool on_sphere = false;
-    if (normalize) {
-      const C tiny = C(1e-12);
-      inverse = squares == C(0) ? C(0) : C(1.0 / double(norm < tiny ? tiny : norm));
-      on_sphere = norm > tiny && norm - norm == C(0);
-    }
+    C inverse = 1;
     if (x != nullptr) {
+      const C squares = squares_of<C>(x, width), norm = C(__builtin_sqrt(double(squares)));
+      bool on_sphere = false;
+      // Squares may overflow where no element is Inf.
+      if (squares - squares != C(0)) alarm += alarm_of<C>(x, width);
+      if (normalize) {
+        const C tiny = C(1e-12);
+        inverse = squares == C(0) ? C(0) : C(1.0 / double(norm < tiny ? tiny : norm));
+        on_sphere = norm > tiny && norm - norm == C(0);
+      }
       norms.inverse[first + r] = inverse;
       norms.on_sphere[first + r] = on_sphere;
       norms.length[first + r] = norm * inverse;
@@ -60,15 +88,11 @@ static C pack_panel(const S* const* rows, std::int64_t width, bool normalize, st
       }
     }
   }
-  C* panel = out.panels + first * width;
   for (std::int64_t block = 0; block < blocks; ++block) {
-    const C* from = out.blocks + (block * out.padded + first) * kPanel;
     const std::int64_t left = width - block * kPanel;
-    const int n = left < kPanel ? int(left) : kPanel;
-    for (int d = 0; d < n; ++d) {
-      for (int r = 0; r < kPanel; ++r)
-        panel[(block * kPanel + d) * kPanel + r] = from[r * kPanel + d];
-    }
+    transpose(out.blocks + (block * out.padded + first) * kPanel,
+              out.panels + first * width + block * kPanel * kPanel,
+              left < kPanel ? int(left) : kPanel);
   }
   return alarm;
 }

@@ -10,10 +10,12 @@
 namespace clae_fast {
 
 enum class Visit {
-  kRows,       // a task owns a tile of rows and passes over all columns
-  kColumns,    // the other way round
-  kRounds,     // a task owns one tile of rows and one of columns: a Latin square of tiles
-  kSymmetric,  // likewise for I <= J of one operand: the rounds of a tournament
+  kRows,        // a task owns a tile of rows and passes over all columns
+  kColumns,     // the other way round
+  kRounds,      // a task owns one tile of rows and one of columns: a Latin square of tiles
+  kSymmetric,   // likewise for I <= J of one operand: the rounds of a tournament
+  kTiles,       // every tile is a task of one step; nothing that two of them write
+  kUpperTiles,  // likewise for I <= J
 };
 
 struct Schedule {
@@ -31,6 +33,9 @@ struct Schedule {
         return row_tiles == 0 || col_tiles == 0 ? 0 : std::max(row_tiles, col_tiles);
       case Visit::kSymmetric:  // the diagonal, then everyone against everyone
         return row_tiles == 0 ? 0 : row_tiles + row_tiles % 2;
+      case Visit::kTiles:
+      case Visit::kUpperTiles:
+        return 1;
     }
     return 0;
   }
@@ -45,6 +50,10 @@ struct Schedule {
         return std::min(row_tiles, col_tiles);
       case Visit::kSymmetric:
         return step == 0 ? row_tiles : (row_tiles + 1) / 2;
+      case Visit::kTiles:
+        return row_tiles * col_tiles;
+      case Visit::kUpperTiles:
+        return row_tiles * (row_tiles + 1) / 2;
     }
     return 0;
   }
@@ -64,6 +73,12 @@ struct Schedule {
         return tile((task + step) % row_tiles, task);
       case Visit::kSymmetric:
         return pair(step, task, tile);
+      case Visit::kTiles:
+        return tile(task / col_tiles, task % col_tiles);
+      case Visit::kUpperTiles:
+        std::int64_t I = 0;
+        for (std::int64_t left = row_tiles; task >= left; --left, ++I) task -= left;
+        return tile(I, I + task);
     }
   }
 

@@ -48,14 +48,13 @@ inline void check_output(const torch::stable::Tensor& out, const torch::stable::
 }
 
 // Runs a job from `step` on. Without memory a small job is run whole, in memory of its own; a
-// larger one answers with minus the bytes it needs. With memory it pauses after a tenth of a second
-// (the caller may then be interrupted) and answers with the step to go on with, or 0 when it is
-// done.
+// larger one answers with minus the bytes it needs. With memory it stops after the first step that
+// ends `pause_ms` or more after the call (the caller may then be interrupted) and answers with the
+// step to go on with, or 0 when it is done.
 template <typename C, typename Job>
 std::int64_t run_steps(Job& job, const std::optional<torch::stable::Tensor>& memory,
-                       std::int64_t step) {
-  constexpr double kSmall = 4e9;  // operations
-  constexpr std::chrono::milliseconds kPause{100};
+                       std::int64_t step, std::int64_t pause_ms) {
+  constexpr double kSmall = 4e9;  // operations: 20 ms on two cores
   const std::size_t bytes = job.bytes();
   std::unique_ptr<char[]> own;
   char* block = nullptr;
@@ -74,11 +73,12 @@ std::int64_t run_steps(Job& job, const std::optional<torch::stable::Tensor>& mem
   job.resume(step);
   const Parallel<C> parallel;
   const auto start = std::chrono::steady_clock::now();
-  for (; step < job.steps(); ++step) {
-    if (memory.has_value() && step > 0 && std::chrono::steady_clock::now() - start > kPause) {
+  while (step < job.steps()) {
+    job.run(step++, parallel);
+    const auto spent = std::chrono::steady_clock::now() - start;
+    if (memory.has_value() && step < job.steps() && spent >= std::chrono::milliseconds(pause_ms)) {
       return step;
     }
-    job.run(step, parallel);
   }
   return 0;
 }

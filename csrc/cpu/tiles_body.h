@@ -58,16 +58,22 @@ static void mask(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   }
 }
 
-// The exponents of a tile, in units of log 2, masked.
+template <typename C>
+static inline std::int64_t padded_columns(const Side<C>& side, std::int64_t tile) {
+  return (side.size(tile) + kPanel - 1) / kPanel * kPanel;
+}
+
+// <a, b> masked with a known maximum, else s = t <a, b>, rounded: a sweep that comes back must meet
+// the very same s, or a maximum is not the maximum.
 template <typename C>
 static void exponents(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   dot_tile(s, I, J, tile);
   mask(s, I, J, tile);
-}
-
-template <typename C>
-static inline std::int64_t padded_columns(const Side<C>& side, std::int64_t tile) {
-  return (side.size(tile) + kPanel - 1) / kPanel * kPanel;
+  if (s.known) return;
+  const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < cols; j += kLanes<C>) at(tile + i * kEdge + j) *= s.scale;
+  }
 }
 
 // Known maximum: e = 2^(scale * s - shift) once for both directions.
@@ -88,17 +94,21 @@ static void known_sums(const Sweep<C>& s, std::int64_t I, std::int64_t J, bool c
       at(of_columns + j) += e;
       if (to != nullptr) at(to + j) = e;
     }
-    if (s.row.sum != nullptr) s.row.sum[s.row.begin(I) + i] += double(sum_of<C>(of_row));
+    if (s.row.sum == nullptr) continue;
+    double& sum = s.row.sum[J * s.row_slot + s.row.begin(I) + i];
+    sum = (s.row_slot == 0 ? sum : 0.0) + double(sum_of<C>(of_row));
   }
   if (!columns) return;
-  double* sum = s.col.sum + s.col.begin(J);
-  for (std::int64_t j = 0; j < s.col.size(J); ++j) sum[j] += double(of_columns[j]);
+  double* sums = s.col.sum + I * s.col_slot + s.col.begin(J);
+  for (std::int64_t j = 0; j < s.col.size(J); ++j) {
+    sums[j] = (s.col_slot == 0 ? sums[j] : 0.0) + double(of_columns[j]);
+  }
 }
 
 // What a sum relative to the maximum `before` is worth relative to `now`.
 template <typename C>
 static inline double rescale(C before, C now) {
-  return before == now ? 1.0 : __builtin_exp2(double(before) - double(now));
+  return before == now ? 1.0 : __builtin_exp(double(before) - double(now));
 }
 // The reference point of exponents whose maximum is `top`: any number will do where all are -inf.
 template <typename C>
@@ -106,7 +116,14 @@ static inline C finite_or_zero(C top) {
   return top == C(-__builtin_inf()) ? C(0) : top;
 }
 
-// Running maximum of each row; the tile's exponents turn into 2^(x - maximum) if `keep`.
+// e^(x - zero) in x's place. The difference comes first: it is exact where x is the maximum.
+template <typename C>
+CLAE_FAST_INLINE void exp_of_difference(Vector<C>& x, const Vector<C>& zero) {
+  x = (x - zero) * C(1.4426950408889634);
+  exp2_of(x);
+}
+
+// Running maximum of each row; the tile's exponents turn into e^(x - maximum) if `keep`.
 template <typename C>
 static void running_row(const Side<C>& side, std::int64_t row, C* x, std::int64_t cols, bool keep,
                         double* factor) {
@@ -116,11 +133,11 @@ static void running_row(const Side<C>& side, std::int64_t row, C* x, std::int64_
   }
   const C before = side.top[row], here = largest_of<C>(tops);
   const C now = here > before ? here : before;
-  const C zero = finite_or_zero(now);
-  Vector<C> sums = {};
+  Vector<C> sums = {}, zero = {};
+  zero += finite_or_zero(now);
   for (std::int64_t j = 0; j < cols; j += kLanes<C>) {
-    Vector<C> e = at(x + j) - zero;
-    exp2_of(e);
+    Vector<C> e = at(x + j);
+    exp_of_difference<C>(e, zero);
     sums += e;
     if (keep) at(x + j) = e;
   }
@@ -145,8 +162,8 @@ static void running_columns(const Side<C>& side, std::int64_t begin, std::int64_
     }
     Vector<C> sums = {};
     for (std::int64_t i = 0; i < rows; ++i) {
-      Vector<C> e = at(tile + i * kEdge + j) - zeros;
-      exp2_of(e);
+      Vector<C> e = at(tile + i * kEdge + j);
+      exp_of_difference<C>(e, zeros);
       sums += e;
     }
     for (int l = 0; l < kLanes<C> && j + l < size; ++l) {
@@ -159,19 +176,11 @@ static void running_columns(const Side<C>& side, std::int64_t begin, std::int64_
 }
 
 template <typename C>
-static void scale_tile(const Sweep<C>& s, std::int64_t rows, std::int64_t cols, C* tile) {
-  for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t j = 0; j < cols; j += kLanes<C>) at(tile + i * kEdge + j) *= s.scale;
-  }
-}
-
-template <typename C>
 static void sums_tile(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   const bool columns = s.col.sum != nullptr && !(s.symmetric && I == J);
   exponents(s, I, J, tile);
   if (s.known) return known_sums(s, I, J, columns, tile, s.stored_tile(I, J));
   const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
-  scale_tile(s, rows, cols, tile);
   double factor;
   // Columns first: they need every exponent as it is.
   if (columns) running_columns(s.col, s.col.begin(J), s.col.size(J), rows, tile);
@@ -246,30 +255,30 @@ static void known_weights(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* 
 template <typename C>
 static void online_weights(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
-  const C log2e = C(1.4426950408889634);
   exponents(s, I, J, tile);
   alignas(64) C weights[kEdge], zeros[kEdge];
   const bool by_column = s.col.weight != nullptr, by_row = s.row.weight != nullptr;
   for (std::int64_t j = 0; j < cols; ++j) {
     const bool there = by_column && j < s.col.size(J);
     weights[j] = there ? s.col.weight[s.col.begin(J) + j] : C(0);
-    zeros[j] = there ? finite_or_zero(s.col.lse[s.col.begin(J) + j]) * log2e : C(0);
+    zeros[j] = there ? finite_or_zero(s.col.lse[s.col.begin(J) + j]) : C(0);
   }
   for (std::int64_t i = 0; i < rows; ++i) {
     const std::int64_t row = s.row.begin(I) + i;
     const C weight = by_row ? s.row.weight[row] : C(0);
-    const C zero = by_row ? finite_or_zero(s.row.lse[row]) * log2e : C(0);
+    Vector<C> zero = {};
+    if (by_row) zero += finite_or_zero(s.row.lse[row]);
     C* x = tile + i * kEdge;
     for (std::int64_t j = 0; j < cols; j += kLanes<C>) {
       Vector<C> g = {};
       if (by_row) {
-        Vector<C> e = at(x + j) * s.scale - zero;
-        exp2_of(e);
+        Vector<C> e = at(x + j);
+        exp_of_difference<C>(e, zero);
         g += e * weight;
       }
       if (by_column) {
-        Vector<C> e = at(x + j) * s.scale - at(zeros + j);
-        exp2_of(e);
+        Vector<C> e = at(x + j);
+        exp_of_difference<C>(e, at(zeros + j));
         g += e * at(weights + j);
       }
       at(x + j) = g;
@@ -287,9 +296,8 @@ static void clear_rows(const Side<C>& side, std::int64_t tile_of_side, std::int6
 }
 
 template <typename C>
-static void gradient_tile(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
-  const bool rows = s.row.wants(I), columns = s.col.wants(J) && !(s.symmetric && I == J);
-  if (!rows && !columns) return;
+static void gradient_tile(const Sweep<C>& s, std::int64_t I, std::int64_t J, bool rows,
+                          bool columns, C* tile) {
   s.known ? known_weights(s, I, J, tile) : online_weights(s, I, J, tile);
   clear_rows(s.row, I, padded_columns(s.col, J), tile);
   if (rows) accumulate_rows(s, I, J, tile);
@@ -300,7 +308,6 @@ template <typename C>
 static void mean_tile(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
   exponents(s, I, J, tile);
-  if (!s.known) scale_tile(s, rows, cols, tile);
   for (std::int64_t i = 0; i < rows; ++i) {
     const std::int64_t row = s.row.begin(I) + i;
     C* x = tile + i * kEdge;

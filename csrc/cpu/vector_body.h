@@ -5,7 +5,7 @@
 
 typedef float VectorFloat __attribute__((vector_size(CLAE_FAST_VECTOR_BYTES)));
 typedef double VectorDouble __attribute__((vector_size(CLAE_FAST_VECTOR_BYTES)));
-typedef std::int32_t VectorInt __attribute__((vector_size(CLAE_FAST_VECTOR_BYTES)));
+typedef std::uint32_t VectorBits __attribute__((vector_size(CLAE_FAST_VECTOR_BYTES)));
 
 template <typename C>
 struct VectorOf;
@@ -38,7 +38,7 @@ CLAE_FAST_INLINE const Vector<C>& at(const C* p) {
 // (reference parameters: a vector by value has another calling convention per instruction set)
 template <typename C>
 CLAE_FAST_INLINE C sum_of(const Vector<C>& v) {
-  C parts[kLanes<C>];
+  alignas(CLAE_FAST_VECTOR_BYTES) C parts[kLanes<C>];
   at(parts) = v;
   for (int half = kLanes<C> / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
@@ -78,7 +78,7 @@ CLAE_FAST_INLINE void exp2_of(VectorFloat& y) {
 #if CLAE_FAST_VECTOR_BYTES == 64 && defined(__GNUC__)
   y = (VectorFloat)_mm512_maskz_scalef_ps(kAll, (__m512)p, n);
 #else
-  const VectorFloat scaled = (VectorFloat)((VectorInt)p + ((VectorInt)shifted << 23));
+  const VectorFloat scaled = (VectorFloat)((VectorBits)p + ((VectorBits)shifted << 23));
   const VectorFloat result = y < -126.0f ? zero : y >= 128.0f ? zero + __builtin_inff() : scaled;
   y = y == y ? result : y;
 #endif

@@ -1,0 +1,227 @@
+// Every instruction set against double loops, on memory of exactly the size that may be touched,
+// filled with NaN first. Prints the instruction set that would run and the largest error.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "../cpu/contrast.h"
+#include "../cpu/pair_sweep.h"
+
+using namespace clae_fast;
+
+static std::uint64_t state = 1;
+static double uniform() {
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return double(state >> 33) / double(1u << 31) * 2 - 1;
+}
+
+// Runs every step with a fresh object, as a paused caller does.
+template <typename C, typename Make>
+static void run(const Make& make, Isa isa) {
+  auto job = make();
+  const std::size_t bytes = job.bytes();
+  std::unique_ptr<char[]> block(new char[bytes + 64]);
+  std::memset(block.get(), 0xff, bytes + 64);
+  char* memory = block.get() + (64 - reinterpret_cast<std::uintptr_t>(block.get()) % 64) % 64;
+  // Backwards: no task may depend on an earlier one of its step.
+  const auto parallel = [](std::int64_t n, double, const auto& f) {
+    struct alignas(64) Tile {
+      C data[kEdge * kEdge];
+    };
+    const std::unique_ptr<Tile> tile(new Tile);
+    std::memset(static_cast<void*>(tile.get()), 0xff, sizeof(Tile));
+    for (std::int64_t i = n - 1; i >= 0; --i) f(i, tile->data);
+  };
+  for (std::int64_t step = 0;; ++step) {
+    auto now = make();
+    now.use_isa(isa);
+    now.use(memory);
+    now.resume(step);
+    if (step >= now.steps()) return;
+    now.run(step, parallel);
+  }
+}
+
+static double worst = 0;
+static bool ok = true;
+static void compare(const char* what, Isa isa, const std::vector<double>& a,
+                    const std::vector<double>& b, double tolerance) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < b.size(); ++i) {
+    difference += (a[i] - b[i]) * (a[i] - b[i]);
+    norm += b[i] * b[i];
+  }
+  const double error = std::sqrt(difference / std::max(norm, 1e-300));
+  worst = std::max(worst, error);
+  if (!(error <= tolerance)) {
+    std::printf("%s on %s: error %g\n", what, isa_name(isa), error);
+    ok = false;
+  }
+}
+
+template <typename C>
+static std::vector<double> doubles(const std::vector<C>& x) {
+  return std::vector<double>(x.begin(), x.end());
+}
+template <typename C>
+static std::vector<C> matrix(std::int64_t n) {
+  std::vector<C> x(n);
+  for (C& v : x) v = C(uniform());
+  return x;
+}
+template <typename C>
+static Matrix view(const std::vector<C>& x, std::int64_t rows) {
+  const Kind kind = sizeof(C) == 8 ? Kind::kDouble : Kind::kFloat;
+  return {x.data(), rows, rows == 0 ? 0 : std::int64_t(x.size()) / rows, kind};
+}
+
+// Losses, dq and dk of one_way and two_way over unit rows, by loops in double.
+template <typename C>
+static void contrast_truth(Form form, const std::vector<C>& q, const std::vector<C>& k,
+                           std::int64_t B, std::int64_t D, double t, std::vector<double>& loss,
+                           std::vector<double>& gradient) {
+  std::vector<double> z(2 * B * D), inverse(2 * B);
+  for (std::int64_t r = 0; r < 2 * B; ++r) {
+    const C* x = r < B ? &q[r * D] : &k[(r - B) * D];
+    double squares = 0;
+    for (std::int64_t d = 0; d < D; ++d) squares += double(x[d]) * double(x[d]);
+    inverse[r] = 1 / std::sqrt(squares);
+    for (std::int64_t d = 0; d < D; ++d) z[r * D + d] = double(x[d]) * inverse[r];
+  }
+  const auto dot = [&](std::int64_t a, std::int64_t b) {
+    double sum = 0;
+    for (std::int64_t d = 0; d < D; ++d) sum += z[a * D + d] * z[b * D + d];
+    return sum;
+  };
+  loss.clear();
+  std::vector<double> dz(2 * B * D);
+  const auto anchor = [&](std::int64_t row, std::int64_t positive, std::int64_t from,
+                          std::int64_t to) {
+    double top = -1e300, negatives = 0;
+    for (std::int64_t c = from; c < to; ++c) {
+      if (c != row) top = std::max(top, t * dot(row, c));
+    }
+    for (std::int64_t c = from; c < to; ++c) {
+      if (c != row && c != positive) negatives += std::exp(t * dot(row, c) - top);
+    }
+    const double of_positive = std::exp(t * dot(row, positive) - top);
+    loss.push_back(std::log1p(negatives / of_positive));
+    const double all = negatives + of_positive;
+    for (std::int64_t c = from; c < to; ++c) {
+      if (c == row) continue;
+      const double e = std::exp(t * dot(row, c) - top);
+      const double g = c == positive ? -negatives / all : e / all;
+      for (std::int64_t d = 0; d < D; ++d) {
+        dz[row * D + d] += t * g * z[c * D + d];
+        dz[c * D + d] += t * g * z[row * D + d];
+      }
+    }
+  };
+  for (std::int64_t i = 0; i < B; ++i) {
+    if (form == Form::kNtXent) anchor(i, i + B, 0, 2 * B);
+    if (form != Form::kNtXent) anchor(i, i + B, B, 2 * B);
+    if (form == Form::kTwoWay) anchor(i + B, i, 0, B);
+  }
+  for (std::int64_t i = 0; form == Form::kNtXent && i < B; ++i) anchor(i + B, i, 0, 2 * B);
+  gradient.assign(2 * B * D, 0);
+  for (std::int64_t r = 0; r < 2 * B; ++r) {
+    double radial = 0;
+    for (std::int64_t d = 0; d < D; ++d) radial += dz[r * D + d] * z[r * D + d];
+    for (std::int64_t d = 0; d < D; ++d) {
+      gradient[r * D + d] = (dz[r * D + d] - radial * z[r * D + d]) * inverse[r];
+    }
+  }
+}
+
+template <typename C>
+static void check_contrast(Isa isa, std::int64_t B, std::int64_t D, double t, double tolerance) {
+  const std::vector<C> q = matrix<C>(B * D), k = matrix<C>(B * D);
+  for (Form form : {Form::kNtXent, Form::kOneWay, Form::kTwoWay}) {
+    std::vector<double> loss, gradient;
+    contrast_truth(form, q, k, B, D, t, loss, gradient);
+    std::vector<C> rows(loss.size(), C(NAN)), lse(2 * B), lse_col(B), dq(B * D, C(NAN)),
+        dk(B * D, C(NAN)), dscale(1);
+    for (int need = 0; need < 8; ++need) {
+      const ContrastOutputs<C> out{rows.data(),
+                                   lse.data(),
+                                   lse_col.data(),
+                                   need & 1 ? dq.data() : nullptr,
+                                   need & 2 ? dk.data() : nullptr,
+                                   nullptr,
+                                   need & 4 ? dscale.data() : nullptr};
+      run<C>([&] { return Contrast<C>(form, view(q, B), view(k, B), nullptr, D, t, true, out); },
+             isa);
+      compare("loss", isa, doubles(rows), loss, tolerance);
+      if (need & 1) {
+        compare("dq", isa, doubles(dq), {gradient.begin(), gradient.begin() + B * D}, tolerance);
+      }
+      if (need & 2) {
+        compare("dk", isa, doubles(dk), {gradient.begin() + B * D, gradient.end()}, tolerance);
+      }
+    }
+  }
+}
+
+// The other operators, against the portable path.
+template <typename C>
+static void check_pairs(Isa isa, std::int64_t N, std::int64_t M, std::int64_t D, double t,
+                        double tolerance) {
+  const std::vector<C> q = matrix<C>(N * D), k = matrix<C>(M * D);
+  std::vector<C> row_lse = matrix<C>(N), row_weight = matrix<C>(N), col_lse = matrix<C>(M),
+                 col_weight = matrix<C>(M);
+  for (C& v : row_lse) v += C(t);
+  for (C& v : col_lse) v += C(t);
+  std::vector<std::int32_t> row_ids(N), col_ids(M);
+  for (std::int64_t i = 0; i < N; ++i) row_ids[i] = std::int32_t(i % 5);
+  for (std::int64_t i = 0; i < M; ++i) col_ids[i] = std::int32_t(i % 7);
+  for (PairOp op : {PairOp::kLse, PairOp::kGrad, PairOp::kMean, PairOp::kSigmoid, PairOp::kUel}) {
+    for (Skip skip : {Skip::kNone, Skip::kDiagonal, Skip::kTwins}) {
+      for (bool ids : {false, true}) {
+        std::vector<C> results[2];
+        for (int portable = 0; portable < 2; ++portable) {
+          const bool uel = op == PairOp::kUel;
+          std::vector<C> out(2 * N + N * D + M * D, C(0));
+          PairArguments<C> arg{op,  view(q, N), uel ? view(q, N) : view(k, M), D, t, -0.5,
+                               1.5, skip};
+          if (ids) arg.row_ids = row_ids.data();
+          if (ids) arg.col_ids = uel ? row_ids.data() : col_ids.data();
+          arg.row_weight = row_weight.data();
+          if (op == PairOp::kGrad) {
+            arg.row_lse = row_lse.data();
+            arg.col_lse = col_lse.data();
+            arg.col_weight = col_weight.data();
+          }
+          arg.rows = out.data();
+          arg.slope = out.data() + N;
+          if (op != PairOp::kLse) arg.dq = out.data() + 2 * N;
+          if (op == PairOp::kSigmoid) arg.dk = out.data() + 2 * N + N * D;
+          run<C>([&] { return PairSweep<C>(arg); }, portable ? Isa::kBaseline : isa);
+          for (C& v : out) v = std::isinf(v) ? C(1) : v;
+          results[portable] = out;
+        }
+        compare("pairs", isa, doubles(results[0]), doubles(results[1]), tolerance);
+      }
+    }
+  }
+}
+
+int main() {
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (!isa_supported(isa)) continue;
+    for (std::int64_t B : {2, 9, 70, 133}) {
+      for (std::int64_t D : {1, 3, 32, 45}) {
+        for (double t : {3.0, 90.0}) {
+          if (D == 1) continue;
+          check_contrast<float>(isa, B, D, t, t > 80 ? 2e-4 : 2e-5);
+          check_contrast<double>(isa, B, D, t, 1e-11);
+        }
+        check_pairs<float>(isa, 2 * B, B + 3, D, 1.3, 1e-5);
+        check_pairs<double>(isa, B, 2 * B, D, 1.3, 1e-12);
+      }
+    }
+  }
+  std::printf("%s %g\n", isa_name(best_isa()), worst);
+  return ok ? 0 : 1;
+}
