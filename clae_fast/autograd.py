@@ -118,9 +118,10 @@ def _contrast(
     scale_tensor: Tensor | None,
     o: ContrastOptions,
 ) -> Any:
+    """Rows of the loss, and the gradients of their mean or sum, as the reduction says."""
     return raw.contrast(
         q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize, *need,
-        backend=o.backend,
+        o.reduction == "mean", backend=o.backend,
     )  # fmt: skip
 
 
@@ -165,12 +166,12 @@ class _Contrast(torch.autograd.Function):
         # What was not asked for is empty: keeping it would cost time at every small batch.
         later = (lse_row, lse_col) if options.reduction == "none" else _given(now, grads)
         ctx.save_for_backward(*tensors, *later)
-        ctx.need, ctx.options, ctx.count = need, options, rows.numel()
+        ctx.need, ctx.options = need, options
         return reduce_rows(rows, options.reduction)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        need, o, count = ctx.need, ctx.options, ctx.count
+        need, o = ctx.need, ctx.options
 
         def gradients(g: Tensor, *saved: Any) -> Gradients:
             q, k, negatives, scale_tensor = saved[:4]
@@ -182,8 +183,7 @@ class _Contrast(torch.autograd.Function):
                     lse_row, lse_col, g, need, functools.partial(raw.pair_grad, backend=o.backend),
                 )  # fmt: skip
             else:
-                factor = g / count if o.reduction == "mean" else g
-                scaled = iter([x * factor for x in saved[4:]])
+                scaled = iter([x * g for x in saved[4:]])
                 grads = [next(scaled) if n else None for n in need]
             return _contrast_gradients(need, grads, q, k, negatives, scale_tensor, o)
 
@@ -218,9 +218,6 @@ def contrast_value_and_grad(
 ) -> tuple[Tensor, Gradients]:
     """The reduced loss and its gradients for (q, k, negatives, scale_tensor), without a graph."""
     rows, _, _, *grads = _contrast(need, q, k, negatives, scale_tensor, options)
-    if options.reduction == "mean":
-        factor = 1 / rows.numel()
-        grads = [x * factor if n else x for n, x in zip(need, grads, strict=True)]
     return reduce_rows(rows, options.reduction), _contrast_gradients(
         need, grads, q, k, negatives, scale_tensor, options
     )

@@ -1,6 +1,5 @@
 """Host side of the C++ operators over all pairs: what they can run, allocation, pauses."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,12 @@ from torch import Tensor
 from .numerics import compute_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# What was not asked for: made once, as five of them cost more than a small loss, and one for each
+# place, as no two results of one call may share memory.
+_NOTHING = {
+    dtype: tuple(torch.empty(0, dtype=dtype) for _ in range(5))
+    for dtype in (torch.float32, torch.float64)
+}
 PAUSE_MS = 100  # how long a kernel may run before Python looks for Ctrl-C
 _OPS = {"pair_lse": 0, "pair_grad": 1, "pair_mean": 2, "pair_sigmoid": 3, "pair_uel": 4}
 _SKIPS = {"none": 0, "diagonal": 1, "twins": 2}
@@ -63,21 +68,24 @@ def contrast(
     need_dk: bool = False,
     need_dnegatives: bool = False,
     need_dscale: bool = False,
+    mean: bool = False,
 ) -> tuple[Tensor, ...]:
     """`reference.contrast`, fused."""
     if form not in _FORMS:
         raise ValueError(f"form must be 'nt_xent', 'one_way' or 'two_way', got {form!r}")
     B = q.shape[0]
-    rows = 2 * B if form == "nt_xent" else B
-    new = functools.partial(torch.empty, dtype=compute_dtype(q.dtype))
+    two_way, rows = form == "two_way", 2 * B if form == "nt_xent" else B
+    need_dnegatives = need_dnegatives and negatives is not None
+    dtype = compute_dtype(q.dtype)
+    new, nothing = torch.empty, _NOTHING[dtype]
     out = (
-        new((B, 2) if form == "two_way" else rows),
-        new(rows),
-        new(B if form == "two_way" else 0),
-        new(q.shape if need_dq else 0),
-        new(k.shape if need_dk else 0),
-        new(negatives.shape if need_dnegatives and negatives is not None else 0),
-        new(1 if need_dscale else 0),
+        new((B, 2) if two_way else rows, dtype=dtype),
+        new(rows, dtype=dtype),
+        new(B, dtype=dtype) if two_way else nothing[0],
+        new(q.shape, dtype=dtype) if need_dq else nothing[1],
+        new(k.shape, dtype=dtype) if need_dk else nothing[2],
+        new(negatives.shape, dtype=dtype) if need_dnegatives else nothing[3],  # type: ignore[union-attr]
+        new(1, dtype=dtype) if need_dscale else nothing[4],
     )
     _run(
         torch.ops.clae_fast_C.contrast.default,
@@ -87,6 +95,7 @@ def contrast(
         _scale(scale, scale_tensor, reciprocal),
         _FORMS[form],
         normalize,
+        mean,
         *out,
     )
     return out
@@ -124,13 +133,13 @@ def _pairs(
 
     both = ids[0] is not None and ids[1] is not None
     remapped = [x.to(torch.int32).contiguous() if both and x is not None else None for x in ids]
-    new = functools.partial(torch.empty, dtype=dtype)
+    new, nothing = torch.empty, _NOTHING[dtype]
     N = q.shape[0]
     out = (
-        new(N if rows else 0),
-        new(N if slope else 0),
-        new(q.shape if dq else 0),
-        new(k.shape if dk else 0),
+        new(N, dtype=dtype) if rows else nothing[0],
+        new(N, dtype=dtype) if slope else nothing[1],
+        new(q.shape, dtype=dtype) if dq else nothing[2],
+        new(k.shape, dtype=dtype) if dk else nothing[3],
     )
     _run(
         torch.ops.clae_fast_C.pairs.default,

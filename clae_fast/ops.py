@@ -36,7 +36,7 @@ SCHEMAS = {
     f"{_IDS}, bool need_dq=False, *, str backend='auto') -> (Tensor, Tensor)",
     "contrast": f"(Tensor q, Tensor k, Tensor? negatives, {_SCALE}, str form='nt_xent', "
     "bool normalize=True, bool need_dq=False, bool need_dk=False, bool need_dnegatives=False, "
-    "bool need_dscale=False, *, str backend='auto')"
+    "bool need_dscale=False, bool mean=False, *, str backend='auto')"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "sign_step": "(Tensor x, Tensor grad, Tensor x0, float step, float eps, float? low=None, "
     "float? high=None, Tensor? step_tensor=None, Tensor? eps_tensor=None, "

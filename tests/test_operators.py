@@ -231,6 +231,11 @@ def test_contrast_gradients(form, queue, normalize, backend):
                 assert error(g, ref) < 1e-11
             else:
                 assert g.numel() == 0
+    means = raw.contrast(
+        q, k, negatives, 1.5, scale, True, form, normalize, *need, True, backend=backend
+    )
+    for i, (a, b) in enumerate(zip(means, out, strict=True)):
+        assert torch.allclose(a, b / (rows.numel() if i > 2 else 1))
 
 
 @pytest.mark.parametrize("N", [5, 150])

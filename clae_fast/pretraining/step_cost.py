@@ -35,13 +35,14 @@ class StepCost:
     `seconds` is the median over the rounds, `ratio` the median of the rounds' ratios to the first
     variant, `forwards` the floating-point work in units of one encoder forward of the batch,
     `memory_bytes` the peak beyond what the process held before the first step (on a GPU: the peak
-    of what PyTorch allocated; None where it cannot be told).
+    of what PyTorch allocated; None where it cannot be told). `rounds`: seconds of each round.
     """
 
     seconds: float
     ratio: float
     forwards: float
     memory_bytes: int | None
+    rounds: tuple[float, ...] = ()
 
 
 class _Stepper:
@@ -85,6 +86,7 @@ def step_costs(
     data: ImageData,
     *,
     rounds: int = 15,
+    memory: bool = True,
     on_round: Callable[[], object] | None = None,
 ) -> dict[str, StepCost]:
     """Measure one step of each variant side by side, on the same fresh views.
@@ -97,6 +99,7 @@ def step_costs(
             that the ratios refer to.
         data: where the views come from.
         rounds: steps of each variant that count.
+        memory: measure it too, which takes a process for each variant.
         on_round: called after each round.
     """
     first = next(iter(configs.values()))
@@ -129,14 +132,18 @@ def step_costs(
                 on_round()
         forwards = {name: _forwards(steppers[name], x_i, x_j) for name in names}
     shape = (batch_size, *image)
-    memory = {name: _peak_memory(config, shape, mean, std) for name, config in configs.items()}
+    peaks = {
+        name: _peak_memory(config, shape, mean, std) if memory else None
+        for name, config in configs.items()
+    }
     base = seconds[names[0]]
     return {
         name: StepCost(
             seconds=statistics.median(seconds[name]),
             ratio=statistics.median(s / b for s, b in zip(seconds[name], base, strict=True)),
             forwards=forwards[name],
-            memory_bytes=memory[name],
+            memory_bytes=peaks[name],
+            rounds=tuple(seconds[name]),
         )
         for name in names
     }

@@ -47,8 +47,9 @@ def contrast(
     need_dk: bool = False,
     need_dnegatives: bool = False,
     need_dscale: bool = False,
+    mean: bool = False,
 ) -> ContrastOutput:
-    """Contrastive loss of each row, and the gradients of their sum.
+    """Contrastive loss of each row, and the gradients of their sum, or their `mean`.
 
     `loss_r = log(1 + e^(lse_r - s_r+))`: the positive `+` stands apart from the log-sum-exp over
     the negatives, so well-aligned pairs keep their digits.
@@ -86,6 +87,6 @@ def contrast(
         )
     grads = contrast_grad(
         q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, lse_row, lse_col,
-        torch.ones_like(loss), wanted, pair_grad,
+        torch.full_like(loss, 1 / loss.numel() if mean else 1.0), wanted, pair_grad,
     )  # fmt: skip
     return ContrastOutput(loss, lse_row, lse_col, *grads)

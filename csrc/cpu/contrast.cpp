@@ -22,7 +22,7 @@ std::int64_t run(Form form, const Matrix& q, const Matrix& k, const Matrix* nega
 }
 
 std::int64_t contrast(Tensor q, Tensor k, std::optional<Tensor> negatives, double scale,
-                      std::int64_t form, bool normalize, Tensor loss, Tensor lse_row,
+                      std::int64_t form, bool normalize, bool mean, Tensor loss, Tensor lse_row,
                       Tensor lse_col, Tensor dq, Tensor dk, Tensor dnegatives, Tensor dscale,
                       std::optional<Tensor> memory, std::int64_t step, std::int64_t pause_ms) {
   STD_TORCH_CHECK(form >= 0 && form <= 2, "contrast: form must be 0, 1 or 2");
@@ -52,9 +52,15 @@ std::int64_t contrast(Tensor q, Tensor k, std::optional<Tensor> negatives, doubl
     const auto at = [](const Tensor& t, bool there) {
       return there ? static_cast<C*>(t.mutable_data_ptr()) : nullptr;
     };
-    const ContrastOutputs<C> out{at(loss, true),         at(lse_row, true), at(lse_col, true),
-                                 at(dq, need_dq),        at(dk, need_dk),   at(dnegatives, need_dn),
-                                 at(dscale, need_dscale)};
+    const ContrastOutputs<C> out{
+        at(loss, true),
+        at(lse_row, true),
+        at(lse_col, true),
+        at(dq, need_dq),
+        at(dk, need_dk),
+        at(dnegatives, need_dn),
+        at(dscale, need_dscale),
+        C(mean ? 1.0 / double(std::max<std::int64_t>(loss.numel(), 1)) : 1.0)};
     return run<C>(static_cast<Form>(form), a, b, negatives.has_value() ? &n : nullptr, width, scale,
                   normalize, out, memory, step, pause_ms);
   };

@@ -29,6 +29,7 @@ template <typename C>
 struct ContrastOutputs {
   C *loss, *lse_row, *lse_col;       // (2B,), (N,) or (B, 2); rows; columns of two_way
   C *dq, *dk, *dnegatives, *dscale;  // null: not asked for
+  C grad_scale = 1;                  // multiplies them
 };
 
 template <typename C>
@@ -228,7 +229,7 @@ class Contrast {
     sweep_.scale = sweep_.known ? C(double(scale_) * kLog2E) : scale_;
     sweep_.shift = C(shift_ * kLog2E);
     sweep_.stored = stored_;
-    sweep_.stored_tiles = sweep_.known ? stored_tiles_ : 0;
+    sweep_.stored_tiles = stored_tiles_;
     kept_ = sweep_.known && stored_tiles_ > 0 && stored_tiles_ == all_tiles();
     choose_visits();
     sweep_.row = a_.side(row_edge_);
@@ -265,10 +266,11 @@ class Contrast {
              });
   }
 
-  static C softplus(C x) { return (x > 0 ? x : C(0)) + std::log1p(std::exp(-std::abs(x))); }
-  static C sigmoid(C x) {
+  // log(1 + e^x), and its slope.
+  static C softplus(C x, C& sigmoid) {
     const C e = std::exp(-std::abs(x));
-    return x != x ? x : x >= 0 ? 1 / (1 + e) : e / (1 + e);
+    sigmoid = x != x ? x : (x >= 0 ? C(1) : e) / (1 + e);
+    return (x > 0 ? x : C(0)) + std::log1p(e);
   }
   // The log-sum-exp of a row or column, and what turns sigmoid into the sweep's weight.
   C log_sum(const Operand<C>& operand, std::int64_t i) const {
@@ -298,16 +300,14 @@ class Contrast {
     const std::int64_t apart = form_ == Form::kTwoWay ? 2 : 1;
     for (std::int64_t i = 0; i < N; ++i) {
       const C lse = log_sum(a_, i), x = lse - scale_ * cosine_[i < batch_ ? i : i - batch_];
-      out_.loss[i * apart] = softplus(x) + alarm;
+      out_.loss[i * apart] = softplus(x, row_share_[i]) + alarm;
       out_.lse_row[i] = lse;
-      row_share_[i] = sigmoid(x);
       a_.weight[i] = weight(a_, i, row_share_[i]);
     }
     for (std::int64_t i = 0; form_ == Form::kTwoWay && i < batch_; ++i) {
       const C lse = log_sum(b_, i), x = lse - scale_ * cosine_[i];
-      out_.loss[i * apart + 1] = softplus(x) + alarm;
+      out_.loss[i * apart + 1] = softplus(x, col_share_[i]) + alarm;
       out_.lse_col[i] = lse;
-      col_share_[i] = sigmoid(x);
       b_.weight[i] = weight(b_, i, col_share_[i]);
     }
   }
@@ -355,7 +355,7 @@ class Contrast {
     double sum = 0;
     for (std::int64_t i = 0; i < rows(); ++i) sum += (stacked ? 0.5 : 1.0) * double(euler_[i]);
     for (std::int64_t i = 0; i < batch_; ++i) sum -= double(share(i)) * double(cosine_[i]);
-    *out_.dscale = C(sum);
+    *out_.dscale = C(sum) * out_.grad_scale;
   }
 
   // One task per tile of rows, or of columns, from the kept exponentials to the caller's rows.
@@ -405,7 +405,7 @@ class Contrast {
       back.z = mine.z(row);
       back.dz = mine.gradient == nullptr ? nullptr : mine.gradient + row * kPanel;
       back.gain = mean_ ? scale_ * a_.weight[row] : scale_;
-      back.inverse = mine.norms.inverse[row];
+      back.inverse = mine.norms.inverse[row] * out_.grad_scale;
       back.on_sphere = mine.norms.on_sphere[row];
       if (!negative) {
         const Operand<C>& others = key ? a_ : partner();

@@ -87,7 +87,8 @@ struct Sweep {
   // Where sums of tile (I, J) go: row i to row.sum[J * row_slot + i], column j to
   // col.sum[I * col_slot + j]; without slots they are added up in the order of the visit.
   std::int64_t row_slot = 0, col_slot = 0;
-  C* stored = nullptr;  // the exponentials of the first tiles, kept from the sums
+  // Of the first tiles, kept from the sums: e^(s - c) with a known maximum, else s.
+  C* stored = nullptr;
   std::int64_t stored_tiles = 0;
 
   std::int64_t width_blocks() const { return (width + kPanel - 1) / kPanel; }

@@ -181,6 +181,11 @@ static void sums_tile(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile
   exponents(s, I, J, tile);
   if (s.known) return known_sums(s, I, J, columns, tile, s.stored_tile(I, J));
   const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
+  if (C* stored = s.stored_tile(I, J)) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      std::memcpy(stored + i * s.col.edge, tile + i * kEdge, cols * sizeof(C));
+    }
+  }
   double factor;
   // Columns first: they need every exponent as it is.
   if (columns) running_columns(s.col, s.col.begin(J), s.col.size(J), rows, tile);
@@ -255,7 +260,8 @@ static void known_weights(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* 
 template <typename C>
 static void online_weights(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
-  exponents(s, I, J, tile);
+  const C* stored = s.stored_tile(I, J);
+  if (stored == nullptr) exponents(s, I, J, tile);
   alignas(64) C weights[kEdge], zeros[kEdge];
   const bool by_column = s.col.weight != nullptr, by_row = s.row.weight != nullptr;
   for (std::int64_t j = 0; j < cols; ++j) {
@@ -268,7 +274,8 @@ static void online_weights(const Sweep<C>& s, std::int64_t I, std::int64_t J, C*
     const C weight = by_row ? s.row.weight[row] : C(0);
     Vector<C> zero = {};
     if (by_row) zero += finite_or_zero(s.row.lse[row]);
-    C* x = tile + i * kEdge;
+    C* to = tile + i * kEdge;
+    const C* x = stored == nullptr ? to : stored + i * s.col.edge;
     for (std::int64_t j = 0; j < cols; j += kLanes<C>) {
       Vector<C> g = {};
       if (by_row) {
@@ -281,7 +288,7 @@ static void online_weights(const Sweep<C>& s, std::int64_t I, std::int64_t J, C*
         exp_of_difference<C>(e, at(zeros + j));
         g += e * at(weights + j);
       }
-      at(x + j) = g;
+      at(to + j) = g;
     }
   }
 }

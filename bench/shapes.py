@@ -1,0 +1,51 @@
+"""Named shapes, by what they stand for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """`pairs` embeddings of `width` on each side; `queue` shared negatives (info_nce only)."""
+
+    name: str
+    loss: str  # nt_xent, info_nce or clip
+    pairs: int
+    width: int
+    temperature: float = 0.1
+    queue: int = 0
+    quick: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of the similarity matrix."""
+        return 2 * self.pairs if self.loss == "nt_xent" else self.pairs
+
+    @property
+    def columns(self) -> int:
+        return self.queue or self.rows
+
+    @property
+    def gemm_flops(self) -> float:
+        """Of one product of all pairs, S = Q K^T."""
+        return 2.0 * self.rows * self.columns * self.width
+
+
+# The goals are stated for the rows of NT-Xent at D = 128.
+SHAPES = (
+    Shape("simclr-128", "nt_xent", 64, 128, quick=True),
+    Shape("simclr-256", "nt_xent", 128, 128),
+    Shape("cifar-simclr-512", "nt_xent", 256, 128, quick=True),
+    Shape("simclr-2048", "nt_xent", 1024, 128),
+    Shape("simclr-8192", "nt_xent", 4096, 128),
+    Shape("simclr-2048-d32", "nt_xent", 1024, 32),
+    Shape("simclr-2048-d64", "nt_xent", 1024, 64),
+    Shape("simclr-2048-d512", "nt_xent", 1024, 512),
+    Shape("simclr-2048-d768", "nt_xent", 1024, 768),
+    Shape("clae-plain-128", "info_nce", 128, 128, quick=True),
+    Shape("queue-65536", "info_nce", 256, 128, temperature=0.07, queue=65536),
+    Shape("clip-256-d512", "clip", 256, 512, temperature=0.07, quick=True),
+    Shape("clip-2048-d512", "clip", 2048, 512, temperature=0.07),
+    Shape("clip-4096-d768", "clip", 4096, 768, temperature=0.01),  # CLIP's clamp: scale 100
+)
+BY_NAME = {shape.name: shape for shape in SHAPES}

@@ -1,0 +1,138 @@
+"""Times that can be compared: interleaved, on fresh inputs, with the device's own clock."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+FLUSH_BYTES = 256 << 20  # more than any L2
+GRAPH_BELOW = 100e-6  # seconds: shorter calls are replayed from a CUDA graph
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    prepare: Callable[[int], object],
+    *,
+    device: str = "cpu",
+    seconds: float = 2.0,
+    rounds: int | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round.
+
+    In a round `prepare(round)` makes fresh inputs, then every call runs once, in an order that
+    rotates: what else the machine does meets all of them alike.
+
+    Args:
+        calls: name -> what to time; each uses what `prepare` made.
+        prepare: called once before every round, not timed.
+        device: "cpu" or a CUDA device.
+        seconds: about how long all rounds may take.
+        rounds: their number; None: as `seconds` allow, 3 or 7 to 200.
+    """
+    clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
+    prepare(0)
+    for call in calls.values():
+        call()  # compiles, allocates, wakes the threads
+    prepare(1)
+    once = sum(clock(call) for call in calls.values())
+    if rounds is None:
+        rounds = int(min(200, max(3 if once > 2 else 7, seconds / max(once, 1e-9))))
+    names = list(calls)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        prepare(turn + 2)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found[name].append(clock(calls[name]))
+    return found
+
+
+def _cpu_seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Call) -> float:
+    """By events, with L2 flushed before; wall clock without synchronisation is a wrong number."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    seconds = start.elapsed_time(end) * 1e-3
+    return _graph_seconds(call) if seconds < GRAPH_BELOW else seconds
+
+
+def _graph_seconds(call: Call, replays: int = 20) -> float:
+    """Of one call among replays of a CUDA graph; the plain call where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return _cpu_seconds(lambda: (call(), torch.cuda.synchronize()))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-3 / replays
+
+
+def ratio(ours: list[float], others: list[float]) -> float:
+    """How many times as fast ours is: the median of the rounds' ratios."""
+    return statistics.median(b / a for a, b in zip(ours, others, strict=True))
+
+
+def gemm_ceiling(device: str = "cpu", n: int = 2048) -> float:
+    """FLOP/s of a square float32 product on this machine, now: the best of ten."""
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
+    torch.mm(a, b, out=out)
+    return 2.0 * n**3 / min(clock(lambda: torch.mm(a, b, out=out)) for _ in range(10))
+
+
+PEAK = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from gate import gradients, inputs
+from providers import available
+from shapes import Shape
+torch.set_num_threads({threads})
+shape = Shape{shape!r}
+loss = available(shape, "cpu")[{name!r}]
+small = shape._replace(pairs=8, queue=min(shape.queue, 8))
+gradients(loss, inputs(small))
+xs = inputs(shape)
+open("/proc/self/clear_refs", "w").write("5")
+def used(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+before = used("VmRSS")
+gradients(loss, xs)
+print(used("VmHWM") - before)
+"""
+
+
+def peak_extra_memory(name: str, shape: tuple[object, ...], threads: int) -> int | None:
+    """Bytes a provider's forward+backward needs beyond its inputs, in a process of its own."""
+    folder = str(Path(__file__).parent)
+    code = PEAK.format(folder=folder, threads=threads, shape=tuple(shape), name=name)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return int(ran.stdout.split()[-1]) if ran.returncode == 0 and ran.stdout.split() else None
