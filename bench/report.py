@@ -185,7 +185,8 @@ def plots(result: dict[str, Any], folder: Path) -> None:
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="rows N of NT-Xent, D = 128", ylabel=label)
         axes.grid(color="#dddddd", lw=0.5)
-        axes.legend(fontsize=7)
+        if series:
+            axes.legend(fontsize=7)
         with atomic_path(folder / name) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
