@@ -46,6 +46,7 @@ SHAPES = (
     Shape("queue-65536", "info_nce", 256, 128, temperature=0.07, queue=65536),
     Shape("clip-256-d512", "clip", 256, 512, temperature=0.07, quick=True),
     Shape("clip-2048-d512", "clip", 2048, 512, temperature=0.07),
-    Shape("clip-4096-d768", "clip", 4096, 768, temperature=0.01),  # CLIP's clamp: scale 100
+    Shape("clip-4096-d768", "clip", 4096, 768, temperature=0.07),
+    Shape("clip-1024-d512-scale100", "clip", 1024, 512, temperature=0.01),  # CLIP's clamp
 )
 BY_NAME = {shape.name: shape for shape in SHAPES}

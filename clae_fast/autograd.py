@@ -118,10 +118,10 @@ def _contrast(
     scale_tensor: Tensor | None,
     o: ContrastOptions,
 ) -> Any:
-    """Rows of the loss, and the gradients of their mean or sum, as the reduction says."""
+    """The reduced loss, the log-sum-exps, and the gradients."""
     return raw.contrast(
         q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize, *need,
-        o.reduction == "mean", backend=o.backend,
+        o.reduction, backend=o.backend,
     )  # fmt: skip
 
 
@@ -162,12 +162,12 @@ class _Contrast(torch.autograd.Function):
         # "none" must know the upstream weights before it can sum
         now = [n and options.reduction != "none" for n in need]
         tensors = (q, k, negatives, scale_tensor)
-        rows, lse_row, lse_col, *grads = _contrast(now, *tensors, options)
+        loss, lse_row, lse_col, *grads = _contrast(now, *tensors, options)
         # What was not asked for is empty: keeping it would cost time at every small batch.
         later = (lse_row, lse_col) if options.reduction == "none" else _given(now, grads)
         ctx.save_for_backward(*tensors, *later)
         ctx.need, ctx.options = need, options
-        return reduce_rows(rows, options.reduction)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -204,8 +204,8 @@ def contrast_loss(
         return reduce_rows(rows, options.reduction)
     if _records_gradient(q, k, negatives, scale_tensor):
         return _Contrast.apply(q, k, negatives, scale_tensor, options)
-    rows = _contrast((False,) * 4, q, k, negatives, scale_tensor, options)[0]
-    return reduce_rows(rows, options.reduction)
+    loss: Tensor = _contrast((False,) * 4, q, k, negatives, scale_tensor, options)[0]
+    return loss
 
 
 def contrast_value_and_grad(
@@ -217,10 +217,8 @@ def contrast_value_and_grad(
     options: ContrastOptions,
 ) -> tuple[Tensor, Gradients]:
     """The reduced loss and its gradients for (q, k, negatives, scale_tensor), without a graph."""
-    rows, _, _, *grads = _contrast(need, q, k, negatives, scale_tensor, options)
-    return reduce_rows(rows, options.reduction), _contrast_gradients(
-        need, grads, q, k, negatives, scale_tensor, options
-    )
+    loss, _, _, *grads = _contrast(need, q, k, negatives, scale_tensor, options)
+    return loss, _contrast_gradients(need, grads, q, k, negatives, scale_tensor, options)
 
 
 # ------------------------------------------------------------------------------------------- UEL

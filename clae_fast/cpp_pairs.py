@@ -18,6 +18,7 @@ _NOTHING = {
 PAUSE_MS = 100  # how long a kernel may run before Python looks for Ctrl-C
 _OPS = {"pair_lse": 0, "pair_grad": 1, "pair_mean": 2, "pair_sigmoid": 3, "pair_uel": 4}
 _SKIPS = {"none": 0, "diagonal": 1, "twins": 2}
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _FORMS = {"nt_xent": 0, "one_way": 1, "two_way": 2}
 
 
@@ -68,7 +69,7 @@ def contrast(
     need_dk: bool = False,
     need_dnegatives: bool = False,
     need_dscale: bool = False,
-    mean: bool = False,
+    reduction: str = "none",
 ) -> tuple[Tensor, ...]:
     """`reference.contrast`, fused."""
     if form not in _FORMS:
@@ -79,7 +80,7 @@ def contrast(
     dtype = compute_dtype(q.dtype)
     new, nothing = torch.empty, _NOTHING[dtype]
     out = (
-        new((B, 2) if two_way else rows, dtype=dtype),
+        new(() if reduction != "none" else (B, 2) if two_way else rows, dtype=dtype),
         new(rows, dtype=dtype),
         new(B, dtype=dtype) if two_way else nothing[0],
         new(q.shape, dtype=dtype) if need_dq else nothing[1],
@@ -95,7 +96,7 @@ def contrast(
         _scale(scale, scale_tensor, reciprocal),
         _FORMS[form],
         normalize,
-        mean,
+        _REDUCTIONS[reduction],
         *out,
     )
     return out

@@ -36,7 +36,7 @@ SCHEMAS = {
     f"{_IDS}, bool need_dq=False, *, str backend='auto') -> (Tensor, Tensor)",
     "contrast": f"(Tensor q, Tensor k, Tensor? negatives, {_SCALE}, str form='nt_xent', "
     "bool normalize=True, bool need_dq=False, bool need_dk=False, bool need_dnegatives=False, "
-    "bool need_dscale=False, bool mean=False, *, str backend='auto')"
+    "bool need_dscale=False, str reduction='none', *, str backend='auto')"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "sign_step": "(Tensor x, Tensor grad, Tensor x0, float step, float eps, float? low=None, "
     "float? high=None, Tensor? step_tensor=None, Tensor? eps_tensor=None, "
@@ -79,7 +79,7 @@ def _fake_contrast(a: Any) -> tuple[Tensor, ...]:
     B = a.q.shape[0]
     rows = {"nt_xent": (2 * B,), "one_way": (B,), "two_way": (B, 2)}[a.form]
     return (
-        _like(a.q, *rows),
+        _like(a.q, *(rows if a.reduction == "none" else ())),
         _like(a.q, rows[0]),
         _like(a.q, B if a.form == "two_way" else 0),
         _asked(a.q, a.need_dq),

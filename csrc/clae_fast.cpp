@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(clae_fast_C, m) {
       "float low, float high, Tensor? channels, bool channels_last) -> ()");
   m.def(
       "contrast(Tensor q, Tensor k, Tensor? negatives, float scale, int form, bool normalize, "
-      "bool mean, "
+      "int reduction, "
       "Tensor(a!) loss, Tensor(b!) lse_row, Tensor(c!) lse_col, Tensor(d!) dq, Tensor(e!) dk, "
       "Tensor(f!) dnegatives, Tensor(g!) dscale, Tensor(h!)? memory, int step, "
       "int pause_ms) -> int");

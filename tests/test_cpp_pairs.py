@@ -280,7 +280,7 @@ def test_what_the_operator_itself_refuses():
     def call(q, k, n=None, form=0, loss=None, memory=None):
         rows = torch.empty(8) if loss is None else loss
         return op(
-            q, k, n, 1.0, form, True, False, rows, torch.empty(8), none, none, none, none, none,
+            q, k, n, 1.0, form, True, 0, rows, torch.empty(8), none, none, none, none, none,
             memory, 0, 100,
         )  # fmt: skip
 

@@ -231,11 +231,13 @@ def test_contrast_gradients(form, queue, normalize, backend):
                 assert error(g, ref) < 1e-11
             else:
                 assert g.numel() == 0
-    means = raw.contrast(
-        q, k, negatives, 1.5, scale, True, form, normalize, *need, True, backend=backend
-    )
-    for i, (a, b) in enumerate(zip(means, out, strict=True)):
-        assert torch.allclose(a, b / (rows.numel() if i > 2 else 1))
+    for reduction, factor in (("sum", 1.0), ("mean", 1 / rows.numel())):
+        reduced = raw.contrast(
+            q, k, negatives, 1.5, scale, True, form, normalize, *need, reduction, backend=backend
+        )
+        assert error(reduced[0], rows.sum() * factor) < 1e-12
+        for a, b in zip(reduced[3:], out[3:], strict=True):
+            assert error(a, b * factor) < 1e-12
 
 
 @pytest.mark.parametrize("N", [5, 150])

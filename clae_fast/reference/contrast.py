@@ -24,7 +24,7 @@ from .pair_lse import pair_lse
 class ContrastOutput(NamedTuple):
     """What `contrast` returns; parts that were not asked for have no elements."""
 
-    loss: Tensor  # (2B,) for nt_xent, (N,) for one_way, (B, 2) for two_way
+    loss: Tensor  # (2B,) for nt_xent, (N,) for one_way, (B, 2) for two_way; () if reduced
     lse_row: Tensor  # log-sum-exp over the negatives of each row
     lse_col: Tensor  # and of each column (two_way)
     dq: Tensor
@@ -47,9 +47,11 @@ def contrast(
     need_dk: bool = False,
     need_dnegatives: bool = False,
     need_dscale: bool = False,
-    mean: bool = False,
+    reduction: str = "none",
 ) -> ContrastOutput:
-    """Contrastive loss of each row, and the gradients of their sum, or their `mean`.
+    """Contrastive loss of each row, and the gradients of their sum.
+
+    With `reduction` "sum" or "mean" the loss is that of the rows, (), and the gradients are its.
 
     `loss_r = log(1 + e^(lse_r - s_r+))`: the positive `+` stands apart from the log-sum-exp over
     the negatives, so well-aligned pairs keep their digits.
@@ -80,13 +82,16 @@ def contrast(
         raise ValueError(f"form must be 'nt_xent', 'one_way' or 'two_way', got {form!r}")
     if not normalize:  # a row with a NaN or Inf is NaN throughout once normalised
         loss = loss + alarm(*raw)
+    reduced = loss
+    if reduction != "none":
+        reduced = loss.mean() if reduction == "mean" else loss.sum()
     wanted = (need_dq, need_dk, need_dnegatives, need_dscale)
     if not any(wanted):
         return ContrastOutput(
-            loss, lse_row, lse_col, *(q.new_empty(0, dtype=dtype) for _ in wanted)
+            reduced, lse_row, lse_col, *(q.new_empty(0, dtype=dtype) for _ in wanted)
         )
     grads = contrast_grad(
         q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, lse_row, lse_col,
-        torch.full_like(loss, 1 / loss.numel() if mean else 1.0), wanted, pair_grad,
+        torch.full_like(loss, 1 / loss.numel() if reduction == "mean" else 1.0), wanted, pair_grad,
     )  # fmt: skip
-    return ContrastOutput(loss, lse_row, lse_col, *grads)
+    return ContrastOutput(reduced, lse_row, lse_col, *grads)

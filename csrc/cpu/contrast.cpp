@@ -22,9 +22,10 @@ std::int64_t run(Form form, const Matrix& q, const Matrix& k, const Matrix* nega
 }
 
 std::int64_t contrast(Tensor q, Tensor k, std::optional<Tensor> negatives, double scale,
-                      std::int64_t form, bool normalize, bool mean, Tensor loss, Tensor lse_row,
-                      Tensor lse_col, Tensor dq, Tensor dk, Tensor dnegatives, Tensor dscale,
-                      std::optional<Tensor> memory, std::int64_t step, std::int64_t pause_ms) {
+                      std::int64_t form, bool normalize, std::int64_t reduction, Tensor loss,
+                      Tensor lse_row, Tensor lse_col, Tensor dq, Tensor dk, Tensor dnegatives,
+                      Tensor dscale, std::optional<Tensor> memory, std::int64_t step,
+                      std::int64_t pause_ms) {
   STD_TORCH_CHECK(form >= 0 && form <= 2, "contrast: form must be 0, 1 or 2");
   const Matrix a = matrix(q, "q"), b = matrix(k, "k");
   STD_TORCH_CHECK(a.rows == b.rows && q.size(1) == k.size(1) && a.kind == b.kind,
@@ -36,7 +37,9 @@ std::int64_t contrast(Tensor q, Tensor k, std::optional<Tensor> negatives, doubl
                     "contrast: negatives must be like q, with form one_way");
   }
   const std::int64_t B = a.rows, width = q.size(1);
-  check_output(loss, q, form == 1 ? B : 2 * B, "loss");
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "contrast: reduction must be 0, 1 or 2");
+  const std::int64_t rows = form == 1 ? B : 2 * B;
+  check_output(loss, q, reduction == 0 ? rows : 1, "loss");
   check_output(lse_row, q, form == 0 ? 2 * B : B, "lse_row");
   check_output(lse_col, q, form == 2 ? B : 0, "lse_col");
   const auto asked = [&](const Tensor& out, std::int64_t elements, const char* name) {
@@ -53,14 +56,9 @@ std::int64_t contrast(Tensor q, Tensor k, std::optional<Tensor> negatives, doubl
       return there ? static_cast<C*>(t.mutable_data_ptr()) : nullptr;
     };
     const ContrastOutputs<C> out{
-        at(loss, true),
-        at(lse_row, true),
-        at(lse_col, true),
-        at(dq, need_dq),
-        at(dk, need_dk),
-        at(dnegatives, need_dn),
-        at(dscale, need_dscale),
-        C(mean ? 1.0 / double(std::max<std::int64_t>(loss.numel(), 1)) : 1.0)};
+        at(loss, true),          at(lse_row, true), at(lse_col, true),
+        at(dq, need_dq),         at(dk, need_dk),   at(dnegatives, need_dn),
+        at(dscale, need_dscale), reduction != 0,    C(reduction == 2 ? 1.0 / double(rows) : 1.0)};
     return run<C>(static_cast<Form>(form), a, b, negatives.has_value() ? &n : nullptr, width, scale,
                   normalize, out, memory, step, pause_ms);
   };

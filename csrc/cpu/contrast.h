@@ -29,7 +29,8 @@ template <typename C>
 struct ContrastOutputs {
   C *loss, *lse_row, *lse_col;       // (2B,), (N,) or (B, 2); rows; columns of two_way
   C *dq, *dk, *dnegatives, *dscale;  // null: not asked for
-  C grad_scale = 1;                  // multiplies them
+  bool reduced = false;              // loss is one number, the sum of the rows times `factor`
+  C factor = 1;                      // multiplies the gradients too
 };
 
 template <typename C>
@@ -161,6 +162,7 @@ class Contrast {
     if (queue_) positive_.place(arena, width_, false);
     const std::int64_t N = rows();
     cosine_ = arena.take<C>(batch_);
+    losses_ = arena.take<C>(out_.reduced ? 2 * N : 0);
     row_share_ = arena.take<C>(N);
     col_share_ = arena.take<C>(form_ == Form::kTwoWay ? batch_ : 0);
     euler_ = arena.take<C>(out_.dscale == nullptr ? 0 : N);
@@ -298,18 +300,23 @@ class Contrast {
     const std::int64_t N = rows();
     const C alarm = normalize_ ? C(0) : alarm_;
     const std::int64_t apart = form_ == Form::kTwoWay ? 2 : 1;
+    C* losses = out_.reduced ? losses_ : out_.loss;
     for (std::int64_t i = 0; i < N; ++i) {
       const C lse = log_sum(a_, i), x = lse - scale_ * cosine_[i < batch_ ? i : i - batch_];
-      out_.loss[i * apart] = softplus(x, row_share_[i]) + alarm;
+      losses[i * apart] = softplus(x, row_share_[i]) + alarm;
       out_.lse_row[i] = lse;
       a_.weight[i] = weight(a_, i, row_share_[i]);
     }
     for (std::int64_t i = 0; form_ == Form::kTwoWay && i < batch_; ++i) {
       const C lse = log_sum(b_, i), x = lse - scale_ * cosine_[i];
-      out_.loss[i * apart + 1] = softplus(x, col_share_[i]) + alarm;
+      losses[i * apart + 1] = softplus(x, col_share_[i]) + alarm;
       out_.lse_col[i] = lse;
       b_.weight[i] = weight(b_, i, col_share_[i]);
     }
+    if (!out_.reduced) return;
+    double sum = 0;
+    for (std::int64_t i = 0; i < N * apart; ++i) sum += double(losses[i]);
+    *out_.loss = C(sum * double(out_.factor));
   }
 
   void aim() {
@@ -355,7 +362,7 @@ class Contrast {
     double sum = 0;
     for (std::int64_t i = 0; i < rows(); ++i) sum += (stacked ? 0.5 : 1.0) * double(euler_[i]);
     for (std::int64_t i = 0; i < batch_; ++i) sum -= double(share(i)) * double(cosine_[i]);
-    *out_.dscale = C(sum) * out_.grad_scale;
+    *out_.dscale = C(sum) * out_.factor;
   }
 
   // One task per tile of rows, or of columns, from the kept exponentials to the caller's rows.
@@ -405,7 +412,7 @@ class Contrast {
       back.z = mine.z(row);
       back.dz = mine.gradient == nullptr ? nullptr : mine.gradient + row * kPanel;
       back.gain = mean_ ? scale_ * a_.weight[row] : scale_;
-      back.inverse = mine.norms.inverse[row] * out_.grad_scale;
+      back.inverse = mine.norms.inverse[row] * out_.factor;
       back.on_sphere = mine.norms.on_sphere[row];
       if (!negative) {
         const Operand<C>& others = key ? a_ : partner();
@@ -430,7 +437,7 @@ class Contrast {
   Sweep<C> sweep_;
   double *row_parts_ = nullptr, *col_parts_ = nullptr;
   C *cosine_ = nullptr, *row_share_ = nullptr, *col_share_ = nullptr, *euler_ = nullptr,
-    *alarms_ = nullptr, *stored_ = nullptr;
+    *alarms_ = nullptr, *stored_ = nullptr, *losses_ = nullptr;
   Isa isa_ = best_isa();
 };
 
