@@ -138,7 +138,25 @@ def test_half_precision_is_read_exactly(form, dtype):
     out = contrast(form, *xs, 5.0)
     truth = contrast(form, *(x.double() for x in xs), 5.0, backend="reference")
     assert all(x.dtype == torch.float32 for x in out)
-    assert all(error(a, b) < 2e-5 for a, b in zip(out, truth, strict=True))
+    # On a processor's bfloat16 units the weights of a gradient are rounded, nothing else.
+    rounded = dtype == torch.bfloat16
+    for i, (a, b) in enumerate(zip(out, truth, strict=True)):
+        assert error(a, b) < (4e-3 if rounded and 3 <= i < 6 else 2e-5 if i < 6 else 1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("shape", "t"), [((127, 123, 252), 10.0), ((2100, 9, 2300), 14.0),
+                                          ((300, 65, 127), 100.0)])  # fmt: skip
+@pytest.mark.parametrize("normalize", [True, False])
+def test_bfloat16(form, shape, t, normalize):
+    """Every path of the bfloat16 units: odd widths, rounds, running maxima, rows as they are."""
+    xs = rows(*shape, torch.bfloat16)
+    t = t if normalize else t / shape[1]
+    for need in (ALL, (True, False, False, False), (False, True, False, False)):
+        out = contrast(form, *xs, t, need, normalize)
+        truth = contrast(form, *(x.double() for x in xs), t, need, normalize, backend="reference")
+        for i, (a, b) in enumerate(zip(out[:6], truth, strict=False)):
+            assert error(a, b, floor=1e-6) < (4e-3 if i > 2 else max(2e-6, 1e-7 * t)), i
 
 
 def test_every_half_number():
@@ -326,7 +344,7 @@ def test_value_and_grad_is_the_fused_call(loss):
 def test_every_instruction_set(tmp_path):
     isa, worst = compile_and_run(tmp_path, "pairs", "-O2", sources=["cpu/pairs.cpp"])
     assert isa == torch.ops.clae_fast_C.isa()
-    assert 0 < float(worst) < 2e-4
+    assert 0 < float(worst) < 2e-2  # of bfloat16; each case has its own limit
     switched_off = ("-O2", "-DCLAE_FAST_NO_SIMD")
     assert compile_and_run(tmp_path, "pairs", *switched_off, sources=["cpu/pairs.cpp"])[0] == (
         "baseline"

@@ -88,7 +88,7 @@ class Contrast {
   }
 
   // parallel(n, work of one, f): f(0) ... f(n - 1), at once where it pays; f's second argument is
-  // a buffer of kEdge * kEdge elements.
+  // a buffer of kBuffer elements.
   template <typename Parallel>
   void run(std::int64_t step, const Parallel& parallel) {
     if (step == 0) return prepare(parallel);
@@ -157,8 +157,9 @@ class Contrast {
   }
 
   void place(Arena& arena) {
-    a_.place(arena, width_, want_a_);
-    if (form_ != Form::kNtXent) b_.place(arena, width_, want_b_);
+    sweep_.half = a_.first.kind == Kind::kBFloat16 && isa_ == Isa::kAvx512 && bf16_supported();
+    a_.place(arena, width_, want_a_, sweep_.half);
+    if (form_ != Form::kNtXent) b_.place(arena, width_, want_b_, sweep_.half);
     if (queue_) positive_.place(arena, width_, false);
     const std::int64_t N = rows();
     cosine_ = arena.take<C>(batch_);

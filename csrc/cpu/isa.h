@@ -8,6 +8,13 @@
 #define CLAE_FAST_X86 0
 #endif
 
+// Clang has neither GCC's pragma nor its names for these registers.
+#if CLAE_FAST_X86 && !defined(__clang__)
+#define CLAE_FAST_X86_BF16 1
+#else
+#define CLAE_FAST_X86_BF16 0
+#endif
+
 namespace clae_fast {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
@@ -28,6 +35,15 @@ inline bool isa_supported(Isa isa) {
   }
 #endif
   return isa == Isa::kBaseline;
+}
+
+// Products of bfloat16 with float32 sums, beside AVX-512.
+inline bool bf16_supported() {
+#if CLAE_FAST_X86_BF16
+  return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 inline Isa best_isa() {

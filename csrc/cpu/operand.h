@@ -68,12 +68,16 @@ struct Operand {
   C *gradient = nullptr, *top = nullptr, *weight = nullptr;
   double* sum = nullptr;
 
-  void place(Arena& arena, std::int64_t width, bool with_gradient) {
+  void place(Arena& arena, std::int64_t width, bool with_gradient, bool half = false) {
     const std::int64_t rows = first.rows + second.rows, padded = round_up(rows, kPanel);
     x.rows = rows;
     x.padded = padded;
     x.panels = arena.take<C>(padded * width);
     x.blocks = arena.take<C>(padded * round_up(width, kPanel));
+    if (half) {
+      x.half_panels = arena.take<std::uint32_t>(padded * ((width + 1) / 2));
+      x.half_blocks = arena.take<std::uint32_t>(padded / 2 * round_up(width, kPanel));
+    }
     norms.inverse = arena.take<C>(padded);
     norms.length = arena.take<C>(padded);
     norms.on_sphere = arena.take<std::uint8_t>(padded);
@@ -121,6 +125,7 @@ struct Operand {
     Side<C> side{x, edge};
     side.sum = sum;
     side.top = top;
+    side.inverse = norms.inverse;
     return side;
   }
 

@@ -1,8 +1,28 @@
 // The kernels of pairs.h for every instruction set, and the choice between them.
 #include "pairs.h"
 
+#define CLAE_FAST_BF16 0
 #define CLAE_FAST_BODY "pairs_body.h"
 #include "for_each_isa.h"
+#undef CLAE_FAST_BF16
+
+// Once more for processors with bfloat16 units, which the sweeps of bfloat16 inputs ask for.
+#if CLAE_FAST_X86_BF16
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define CLAE_FAST_BF16 1
+#define CLAE_FAST_VECTOR_BYTES 64
+namespace clae_fast::avx512bf16 {
+#include "pairs_body.h"
+}  // namespace clae_fast::avx512bf16
+#undef CLAE_FAST_VECTOR_BYTES
+#undef CLAE_FAST_BF16
+#pragma GCC pop_options
+#define CLAE_FAST_HALF(call) \
+  if (s.half) return avx512bf16::call
+#else
+#define CLAE_FAST_HALF(call) static_cast<void>(0)
+#endif
 
 #if CLAE_FAST_X86
 #define CLAE_FAST_CHOOSE(call)                  \
@@ -20,15 +40,18 @@ namespace clae_fast {
 
 template <typename C>
 void sums_tile(Isa isa, const Sweep<C>& s, std::int64_t I, std::int64_t J, C* buffer) {
+  CLAE_FAST_HALF(sums_tile(s, I, J, buffer));
   CLAE_FAST_CHOOSE(sums_tile(s, I, J, buffer));
 }
 template <typename C>
 void gradient_tile(Isa isa, const Sweep<C>& s, std::int64_t I, std::int64_t J, bool rows,
                    bool columns, C* buffer) {
+  CLAE_FAST_HALF(gradient_tile(s, I, J, rows, columns, buffer));
   CLAE_FAST_CHOOSE(gradient_tile(s, I, J, rows, columns, buffer));
 }
 template <typename C>
 void mean_tile(Isa isa, const Sweep<C>& s, std::int64_t I, std::int64_t J, C* buffer) {
+  CLAE_FAST_HALF(mean_tile(s, I, J, buffer));
   CLAE_FAST_CHOOSE(mean_tile(s, I, J, buffer));
 }
 template <typename C>

@@ -43,10 +43,13 @@ enum class Skip { kNone, kDiagonal, kTwins };
 // N rows of width D, twice, each zero-padded to whole panels:
 //   panels  (N / 32, D, 32)  for the product <a_i, b_j>
 //   blocks  (D / 32, N, 32)  for the product with a tile
+// and, for bfloat16 units, the rows as they were given, two numbers of a dot product side by side:
+//   half_panels  (N / 32, D / 2, 32)   half_blocks  (D / 32, N / 2, 32)
 template <typename C>
 struct Packed {
   C *panels, *blocks;
   std::int64_t rows, padded;
+  std::uint32_t *half_panels = nullptr, *half_blocks = nullptr;
 };
 
 template <typename C>
@@ -54,6 +57,7 @@ struct Side {
   Packed<C> x;
   std::int64_t edge;  // rows of a tile
   const std::int32_t* ids = nullptr;
+  const C* inverse = nullptr;  // norms, which half_panels and half_blocks lack
   // sums
   double* sum = nullptr;
   C* top = nullptr;  // running maximum; unused with a known one
@@ -76,6 +80,7 @@ struct Side {
 template <typename C>
 struct Sweep {
   Side<C> row, col;
+  bool half = false;       // on bfloat16 units
   bool symmetric = false;  // row and col are the same; only tiles I <= J are visited
   std::int64_t width = 0;
   bool known = false;
@@ -133,7 +138,8 @@ struct Uel {
   bool need_dq;  // row.gradient: the gradient over t
 };
 
-// buffer: kEdge * kEdge elements, aligned to 64 bytes.
+// buffer: kBuffer elements, aligned to 64 bytes: a tile, and the same in bfloat16 behind it.
+constexpr int kBuffer = kEdge * kEdge * 3 / 2;
 template <typename C>
 void sums_tile(Isa, const Sweep<C>&, std::int64_t I, std::int64_t J, C* buffer);
 // What tile (I, J) adds to the gradients of its rows and of its columns.

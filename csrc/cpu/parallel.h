@@ -33,7 +33,7 @@ class Parallel {
   static constexpr double kWorthThreads = 1e6;  // operations: about 10 us
 
   struct alignas(64) Tile {
-    C data[kEdge * kEdge];
+    C data[kBuffer];
   };
   static C* buffer() {
     static thread_local std::unique_ptr<Tile> tile;

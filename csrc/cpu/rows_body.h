@@ -29,7 +29,7 @@ static C alarm_of(const S* x, std::int64_t width) {
 }
 
 // to[d][r] = from[r][d], 32 x 32.
-static void transpose(const float* from, float* to, int rows_of_to) {
+static inline void transpose(const float* from, float* to, int rows_of_to) {
   typedef float Four __attribute__((vector_size(16)));
   for (int d = 0; d < rows_of_to; d += 4) {
     for (int r = 0; r < kPanel; r += 4) {
@@ -48,11 +48,36 @@ static void transpose(const float* from, float* to, int rows_of_to) {
     }
   }
 }
-static void transpose(const double* from, double* to, int rows_of_to) {
+static inline void transpose(const double* from, double* to, int rows_of_to) {
   for (int d = 0; d < rows_of_to; ++d) {
     for (int r = 0; r < kPanel; ++r) to[d * kPanel + r] = from[r * kPanel + d];
   }
 }
+
+static inline void pack_halves(const BFloat16* const* rows, std::int64_t width, std::int64_t first,
+                               const Packed<float>& out) {
+  const auto bits = [&](int r, std::int64_t d) -> std::uint32_t {
+    return rows[r] == nullptr || d >= width ? 0u : rows[r][d].bits;
+  };
+  const std::int64_t pairs = (width + 1) / 2;
+  std::uint32_t* panel = out.half_panels + first * pairs;
+  for (std::int64_t d = 0; d < pairs; ++d) {
+    for (int r = 0; r < kPanel; ++r) {
+      panel[d * kPanel + r] = bits(r, 2 * d) | bits(r, 2 * d + 1) << 16;
+    }
+  }
+  for (std::int64_t block = 0; block * kPanel < width; ++block) {
+    std::uint32_t* to = out.half_blocks + (block * out.padded + first) / 2 * kPanel;
+    for (int r = 0; r < kPanel; r += 2) {
+      for (int i = 0; i < kPanel; ++i) {
+        const std::int64_t d = block * kPanel + i;
+        to[r / 2 * kPanel + i] = bits(r, d) | bits(r + 1, d) << 16;
+      }
+    }
+  }
+}
+static inline void pack_halves(const Float16* const*, std::int64_t, std::int64_t,
+                               const Packed<float>&) {}
 
 template <typename S, typename C>
 static C pack_panel(const S* const* rows, std::int64_t width, bool normalize, std::int64_t first,
@@ -75,6 +100,8 @@ static C pack_panel(const S* const* rows, std::int64_t width, bool normalize, st
       norms.inverse[first + r] = inverse;
       norms.on_sphere[first + r] = on_sphere;
       norms.length[first + r] = norm * inverse;
+    } else {
+      norms.inverse[first + r] = 0;
     }
     for (std::int64_t block = 0; block < blocks; ++block) {
       C* to = out.blocks + (block * out.padded + first + r) * kPanel;
@@ -93,6 +120,9 @@ static C pack_panel(const S* const* rows, std::int64_t width, bool normalize, st
     transpose(out.blocks + (block * out.padded + first) * kPanel,
               out.panels + first * width + block * kPanel * kPanel,
               left < kPanel ? int(left) : kPanel);
+  }
+  if constexpr (sizeof(S) == sizeof(BFloat16)) {
+    if (out.half_panels != nullptr) pack_halves(rows, width, first, out);
   }
   return alarm;
 }

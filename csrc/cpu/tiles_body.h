@@ -1,5 +1,10 @@
 // One tile of the similarity matrix, and what is made of it; see pairs.h.
 
+template <typename C>
+static inline std::int64_t padded_columns(const Side<C>& side, std::int64_t tile) {
+  return (side.size(tile) + kPanel - 1) / kPanel * kPanel;
+}
+
 // tile[i][j] = <a_i, b_j>, rows of kEdge elements. Whole blocks of registers are computed: past the
 // last row and column stands what `mask` then takes away.
 template <typename C>
@@ -17,6 +22,31 @@ static void dot_tile(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile)
       }
     }
   }
+}
+
+#include "half_body.h"
+
+// The three products of a sweep, on bfloat16 units where the sweep says so.
+static inline bool half_dots(const Sweep<float>& s, std::int64_t I, std::int64_t J, float* tile) {
+#if CLAE_FAST_BF16
+  if (s.half) half_dot_tile(s, I, J, tile);
+#endif
+  static_cast<void>(I), static_cast<void>(J), static_cast<void>(tile);
+  return CLAE_FAST_BF16 && s.half;
+}
+static inline bool half_into(const Sweep<float>& s, std::int64_t I, std::int64_t J, bool rows,
+                             float* tile) {
+#if CLAE_FAST_BF16
+  if (s.half) rows ? half_rows(s, I, J, tile) : half_columns(s, I, J, tile);
+#endif
+  static_cast<void>(I), static_cast<void>(J), static_cast<void>(rows), static_cast<void>(tile);
+  return CLAE_FAST_BF16 && s.half;
+}
+static inline bool half_dots(const Sweep<double>&, std::int64_t, std::int64_t, double*) {
+  return false;
+}
+static inline bool half_into(const Sweep<double>&, std::int64_t, std::int64_t, bool, double*) {
+  return false;
 }
 
 template <typename C>
@@ -58,16 +88,11 @@ static void mask(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   }
 }
 
-template <typename C>
-static inline std::int64_t padded_columns(const Side<C>& side, std::int64_t tile) {
-  return (side.size(tile) + kPanel - 1) / kPanel * kPanel;
-}
-
 // <a, b> masked with a known maximum, else s = t <a, b>, rounded: a sweep that comes back must meet
 // the very same s, or a maximum is not the maximum.
 template <typename C>
 static void exponents(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
-  dot_tile(s, I, J, tile);
+  if (!half_dots(s, I, J, tile)) dot_tile(s, I, J, tile);
   mask(s, I, J, tile);
   if (s.known) return;
   const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
@@ -215,14 +240,16 @@ static void accumulate(const C* tile, std::int64_t rows, std::int64_t steps, con
 }
 
 template <typename C>
-static void accumulate_rows(const Sweep<C>& s, std::int64_t I, std::int64_t J, const C* tile) {
+static void accumulate_rows(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
+  if (half_into(s, I, J, true, tile)) return;
   accumulate<C, false>(tile, s.row.size(I), s.col.size(J), s.col.x.blocks + s.col.begin(J) * kPanel,
                        s.col.x.padded * kPanel, s.row.gradient + s.row.begin(I) * kPanel,
                        s.row.x.padded * kPanel, s.width_blocks());
 }
 
 template <typename C>
-static void accumulate_columns(const Sweep<C>& s, std::int64_t I, std::int64_t J, const C* tile) {
+static void accumulate_columns(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
+  if (half_into(s, I, J, false, tile)) return;
   accumulate<C, true>(tile, s.col.size(J), s.row.size(I), s.row.x.blocks + s.row.begin(I) * kPanel,
                       s.row.x.padded * kPanel, s.col.gradient + s.col.begin(J) * kPanel,
                       s.col.x.padded * kPanel, s.width_blocks());

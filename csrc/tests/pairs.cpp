@@ -28,7 +28,7 @@ static void run(const Make& make, Isa isa) {
   // Backwards: no task may depend on an earlier one of its step.
   const auto parallel = [](std::int64_t n, double, const auto& f) {
     struct alignas(64) Tile {
-      C data[kEdge * kEdge];
+      C data[kBuffer];
     };
     const std::unique_ptr<Tile> tile(new Tile);
     std::memset(static_cast<void*>(tile.get()), 0xff, sizeof(Tile));
@@ -164,6 +164,38 @@ static void check_contrast(Isa isa, std::int64_t B, std::int64_t D, double t, do
   }
 }
 
+// bfloat16 inputs: the loss is as exact as float32's, weights may be rounded on the way.
+static void check_bfloat16(Isa isa, std::int64_t B, std::int64_t D, double t) {
+  std::vector<float> q = matrix<float>(B * D), k = matrix<float>(B * D);
+  const auto halves = [](std::vector<float>& x) {
+    std::vector<BFloat16> out(x.size());
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &x[i], 4);
+      bits &= 0xffff0000u;
+      std::memcpy(&x[i], &bits, 4);
+      out[i].bits = std::uint16_t(bits >> 16);
+    }
+    return out;
+  };
+  const std::vector<BFloat16> q16 = halves(q), k16 = halves(k);
+  for (Form form : {Form::kNtXent, Form::kOneWay, Form::kTwoWay}) {
+    std::vector<double> loss, gradient;
+    contrast_truth(form, q, k, B, D, t, loss, gradient);
+    std::vector<float> rows(loss.size(), NAN), lse(2 * B), lse_col(B), dq(B * D, NAN),
+        dk(B * D, NAN);
+    const ContrastOutputs<float> out{rows.data(), lse.data(), lse_col.data(), dq.data(),
+                                     dk.data(),   nullptr,    nullptr};
+    const Matrix a{q16.data(), B, D, Kind::kBFloat16}, b{k16.data(), B, D, Kind::kBFloat16};
+    run<float>([&] { return Contrast<float>(form, a, b, nullptr, D, t, true, out); }, isa);
+    compare("loss", isa, doubles(rows), loss, t > 80 ? 2e-4 : 2e-5);
+    // One negative alone can lie beside the positive: what is left of their difference is rounded.
+    const double tolerance = B == 2 ? 2e-2 : 4e-3;
+    compare("dq", isa, doubles(dq), {gradient.begin(), gradient.begin() + B * D}, tolerance);
+    compare("dk", isa, doubles(dk), {gradient.begin() + B * D, gradient.end()}, tolerance);
+  }
+}
+
 // The other operators, against the portable path.
 template <typename C>
 static void check_pairs(Isa isa, std::int64_t N, std::int64_t M, std::int64_t D, double t,
@@ -216,6 +248,7 @@ int main() {
           if (D == 1) continue;
           check_contrast<float>(isa, B, D, t, t > 80 ? 2e-4 : 2e-5);
           check_contrast<double>(isa, B, D, t, 1e-11);
+          check_bfloat16(isa, B, D, t);
         }
         check_pairs<float>(isa, 2 * B, B + 3, D, 1.3, 1e-5);
         check_pairs<double>(isa, B, 2 * B, D, 1.3, 1e-12);
