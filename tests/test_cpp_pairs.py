@@ -291,6 +291,7 @@ def test_ctrl_c_within_a_second_at_100_000_rows():
 
 
 def test_what_the_operator_itself_refuses():
+    assert _extension.load() is None
     op = torch.ops.clae_fast_C.contrast
     q = torch.randn(4, 3)
     none = torch.empty(0)
@@ -342,6 +343,7 @@ def test_value_and_grad_is_the_fused_call(loss):
 
 
 def test_every_instruction_set(tmp_path):
+    assert _extension.load() is None
     isa, worst = compile_and_run(tmp_path, "pairs", "-O2", sources=["cpu/pairs.cpp"])
     assert isa == torch.ops.clae_fast_C.isa()
     assert 0 < float(worst) < 2e-2  # of bfloat16; each case has its own limit
