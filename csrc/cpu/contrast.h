@@ -18,20 +18,10 @@
 
 #include <limits>
 
-#include "operand.h"
+#include "contrast_parts.h"
 #include "schedule.h"
 
 namespace clae_fast {
-
-enum class Form { kNtXent, kOneWay, kTwoWay };
-
-template <typename C>
-struct ContrastOutputs {
-  C *loss, *lse_row, *lse_col;       // (2B,), (N,) or (B, 2); rows; columns of two_way
-  C *dq, *dk, *dnegatives, *dscale;  // null: not asked for
-  bool reduced = false;              // loss is one number, the sum of the rows times `factor`
-  C factor = 1;                      // multiplies the gradients too
-};
 
 template <typename C>
 class Contrast {
@@ -269,12 +259,6 @@ class Contrast {
              });
   }
 
-  // log(1 + e^x), and its slope.
-  static C softplus(C x, C& sigmoid) {
-    const C e = std::exp(-std::abs(x));
-    sigmoid = x != x ? x : (x >= 0 ? C(1) : e) / (1 + e);
-    return (x > 0 ? x : C(0)) + std::log1p(e);
-  }
   // The log-sum-exp of a row or column, and what turns sigmoid into the sweep's weight.
   C log_sum(const Operand<C>& operand, std::int64_t i) const {
     const double sum = operand.sum[i];
@@ -284,15 +268,6 @@ class Contrast {
   }
   C weight(const Operand<C>& operand, std::int64_t i, C share) const {
     return operand.sum[i] == 0 ? C(0) : C(double(share) / operand.sum[i]);
-  }
-
-  // The parts of a row's sum, in the order of the tiles.
-  static void add_up(const Operand<C>& operand, const double* parts, std::int64_t slots) {
-    for (std::int64_t i = 0; i < operand.x.rows; ++i) operand.sum[i] = parts[i];
-    for (std::int64_t slot = 1; slot < slots; ++slot) {
-      parts += operand.x.padded;
-      for (std::int64_t i = 0; i < operand.x.rows; ++i) operand.sum[i] += parts[i];
-    }
   }
 
   void turn() {
