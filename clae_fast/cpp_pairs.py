@@ -102,6 +102,16 @@ def contrast(
     return out
 
 
+def _int32(row_ids: Tensor | None, col_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Ids as the kernel compares them; (None, None) unless both are there."""
+    if row_ids is None or col_ids is None:
+        return None, None
+    if row_ids.dtype != torch.int32 or col_ids.dtype != torch.int32:
+        both = torch.cat((row_ids, col_ids)).unique(return_inverse=True)[1].to(torch.int32)
+        return both[: len(row_ids)], both[len(row_ids) :]
+    return row_ids.contiguous(), col_ids.contiguous()
+
+
 def _pairs(
     op: str,
     q: Tensor,
@@ -132,8 +142,7 @@ def _pairs(
             return [None, None]
         return [None if x is None else x.to(dtype).contiguous() for x in pair]
 
-    both = ids[0] is not None and ids[1] is not None
-    remapped = [x.to(torch.int32).contiguous() if both and x is not None else None for x in ids]
+    remapped = _int32(*ids)
     new, nothing = torch.empty, _NOTHING[dtype]
     N = q.shape[0]
     out = (

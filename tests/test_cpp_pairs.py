@@ -69,6 +69,39 @@ def test_against_float64(form, shape, t):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [-3.0, 0.0, 1e-30])
+@pytest.mark.parametrize("B", [20, 150])
+def test_scales_that_training_may_reach(form, scale, B):
+    """A learned scale is not checked on the host: where it is negative or 0 the formula holds."""
+    xs = rows(B, 12, 70, torch.float64)
+    xs = [x.float().double() for x in xs]
+    truth = contrast(form, *xs, scale, backend="reference")
+    for dtype, limit in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        out = contrast(form, *(x.to(dtype) for x in xs), scale)
+        for i, (a, b) in enumerate(zip(out, truth, strict=True)):
+            if scale == 0 and i == 6:  # the specification divides by the scale
+                assert a.isfinite().all()
+            else:
+                assert error(a, b, floor=1e-6) < limit, i
+    q, k, _ = xs
+    expected = raw.pair_lse(q, k, scale, skip="diagonal", backend="reference")
+    assert error(raw.pair_lse(q, k, scale, skip="diagonal", backend="cpp"), expected) < 1e-12
+
+
+def test_odd_corners():
+    """An odd stack, ids past int32, rows so short that their squares vanish."""
+    q, k = torch.randn(41, 6, dtype=torch.float64), torch.randn(41, 6, dtype=torch.float64)
+    wide = torch.arange(41) % 3 * 2**40
+    tiny, long = torch.full((4, 1), 1e-24), torch.full((4, 1), 1e18)
+    for call in (
+        lambda backend: raw.pair_lse(q, k, 1.0, skip="twins", backend=backend),
+        lambda backend: raw.pair_lse(q, k, 1.0, row_ids=wide, col_ids=wide, backend=backend),
+        lambda backend: raw.pair_lse(tiny, long, 1e8, backend=backend),
+    ):
+        assert error(call("cpp"), call("reference")) < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("D", [5, 32, 130])
 @pytest.mark.parametrize("need", range(1, 16))
 def test_nothing_of_an_output_is_left_unwritten(form, D, need, monkeypatch):

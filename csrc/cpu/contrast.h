@@ -217,8 +217,8 @@ class Contrast {
     double bound = std::abs(double(scale_));
     if (!normalize_) bound *= a_.longest() * (form_ == Form::kNtXent ? a_ : b_).longest();
     const KnownMaximum<C> maximum(bound, std::max(rows(), columns()));
-    sweep_.known = maximum.known;
-    shift_ = maximum.known ? maximum.shift : 0.0;
+    sweep_.known = maximum.known && scale_ > 0;
+    shift_ = sweep_.known ? maximum.shift : 0.0;
     sweep_.scale = sweep_.known ? C(double(scale_) * kLog2E) : scale_;
     sweep_.shift = C(shift_ * kLog2E);
     sweep_.stored = stored_;

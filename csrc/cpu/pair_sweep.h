@@ -133,7 +133,8 @@ class PairSweep {
   void known_maximum() {
     const double bound = std::abs(arg_.scale) * q_.longest() * k_.longest();
     const KnownMaximum<C> maximum(bound, std::max(arg_.q.rows, arg_.k.rows));
-    sweep_.known = maximum.known && arg_.op != PairOp::kGrad;  // it is given log-sum-exps
+    sweep_.known =
+        maximum.known && arg_.scale > 0 && arg_.op != PairOp::kGrad;  // it is given log-sum-exps
     shift_ = sweep_.known ? maximum.shift : 0.0;
     sweep_.scale = C(sweep_.known ? arg_.scale * kLog2E : arg_.scale);
     sweep_.shift = C(shift_ * kLog2E);

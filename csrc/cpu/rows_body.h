@@ -100,6 +100,9 @@ static C pack_panel(const S* const* rows, std::int64_t width, bool normalize, st
       norms.inverse[first + r] = inverse;
       norms.on_sphere[first + r] = on_sphere;
       norms.length[first + r] = norm * inverse;
+      if (!normalize) {  // a bound must not underflow where rows are tiny
+        norms.length[first + r] = C(__builtin_sqrt(squares_of<double>(x, width)));
+      }
     } else {
       norms.inverse[first + r] = 0;
     }

@@ -74,7 +74,7 @@ static void mask(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
       const std::int64_t own = i0 + i + s.offset;
       leave_out(tile, i, own - j0, cols);
       if (s.skip == Skip::kTwins) {
-        leave_out(tile, i, (own >= half ? own - half : own + half) - j0, cols);
+        leave_out(tile, i, (own + half) % s.col.x.rows - j0, cols);
       }
     }
   }
@@ -93,12 +93,13 @@ static void mask(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
 template <typename C>
 static void exponents(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* tile) {
   if (!half_dots(s, I, J, tile)) dot_tile(s, I, J, tile);
-  mask(s, I, J, tile);
-  if (s.known) return;
-  const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
-  for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t j = 0; j < cols; j += kLanes<C>) at(tile + i * kEdge + j) *= s.scale;
+  if (!s.known) {  // before -inf comes in: the scale may be negative, or 0
+    const std::int64_t rows = s.row.size(I), cols = padded_columns(s.col, J);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t j = 0; j < cols; j += kLanes<C>) at(tile + i * kEdge + j) *= s.scale;
+    }
   }
+  mask(s, I, J, tile);
 }
 
 // Known maximum: e = 2^(scale * s - shift) once for both directions.
