@@ -11,10 +11,11 @@ from .numerics import compute_dtype
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What was not asked for: made once, as five of them cost more than a small loss, and one for each
 # place, as no two results of one call may share memory.
-_NOTHING = {
-    dtype: tuple(torch.empty(0, dtype=dtype) for _ in range(5))
-    for dtype in (torch.float32, torch.float64)
-}
+with torch.inference_mode(False):  # whatever mode and default device the import meets
+    _NOTHING = {
+        dtype: tuple(torch.empty(0, dtype=dtype, device="cpu") for _ in range(5))
+        for dtype in (torch.float32, torch.float64)
+    }
 PAUSE_MS = 100  # how long a kernel may run before Python looks for Ctrl-C
 _OPS = {"pair_lse": 0, "pair_grad": 1, "pair_mean": 2, "pair_sigmoid": 3, "pair_uel": 4}
 _SKIPS = {"none": 0, "diagonal": 1, "twins": 2}

@@ -359,6 +359,21 @@ def test_other_devices_and_dtypes_are_refused_with_the_reason():
     assert "it knows float32" in cpp_pairs.refusal(q.to(torch.int32))
 
 
+@pytest.mark.parametrize("mode", ["set_default_device('meta')", "inference_mode().__enter__()"])
+def test_the_import_may_meet_any_mode(mode):
+    code = f"""
+import torch
+z = torch.randn(2, 6, 4)
+mode = torch.{mode}
+import clae_fast
+torch.set_default_device("cpu")
+mode is None or torch.inference_mode(False).__enter__()
+x, y = (torch.nn.Parameter(v.clone()) for v in z)
+clae_fast.nt_xent_loss(x, y, reduction="none").sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("loss", [nt_xent_loss, functools.partial(info_nce_loss, symmetric=True)])
 def test_value_and_grad_is_the_fused_call(loss):
     z = [torch.randn(33, 20) for _ in range(2)]
