@@ -45,5 +45,5 @@ def test_step(method, variant, bench, benchmark):
         ),
     }  # fmt: skip
     bench.records.append(record)
-    benchmark.extra_info.update(record)
+    benchmark.extra_info.update(bench.facts | record)
     REPLAY.play(benchmark, list(cost.rounds))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 
 import pytest
 import torch
 from providers import missing, versions
-from timing import gemm_ceiling
 
-from clae_fast.pretraining.files import write_whole
+from clae_fast.pretraining.files import unwritable_reason, write_whole
 from clae_fast.pretraining.provenance import provenance
 
 
@@ -26,24 +24,34 @@ def pytest_addoption(parser):
 
 
 class Session:
-    """What all benchmarks share; `records` goes to the results file."""
+    """What all benchmarks share; `records` goes to the results file, `notes` to the summary."""
 
     def __init__(self, config):
-        self.device = config.getoption("--device")
+        self.device = device_of(config.getoption("--device"))
         self.quick = config.getoption("--quick")
-        if threads := config.getoption("--threads"):
+        threads = config.getoption("--threads")
+        if threads is not None:
+            if threads < 1:
+                raise pytest.UsageError(f"--threads {threads}: expected a number of at least 1")
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
-        self.records, self.measured = [], {}
-        self.ceiling = None
+        self.records, self.notes, self.measured = [], [], {}
+        self.gemm_n = 512 if self.quick else 2048
+        self.facts = provenance(self.device) | {"threads": str(self.threads)} | versions()
 
-    def gemm(self):
-        if self.ceiling is None:
-            self.ceiling = gemm_ceiling(self.device, 512 if self.quick else 2048)
-        return self.ceiling
+
+def device_of(name):
+    if name not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device {name}: expected cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: expected a GPU, and PyTorch sees none")
+    return name
 
 
 def pytest_configure(config):
+    path = config.getoption("--results")
+    if path is not None and (reason := unwritable_reason(path.absolute().parent)):
+        raise pytest.UsageError(f"--results {path}: expected a file that can be written ({reason})")
     config.bench = Session(config)
 
 
@@ -53,17 +61,28 @@ def bench(request):
 
 
 def pytest_report_header(config):
-    device = config.bench.device
-    facts = provenance(device)
-    lines = [f"clae_fast bench on {facts['machine']}, {config.bench.threads} threads"]
-    return lines + [f"not measured: {name}: {why}" for name, why in missing(device).items()]
+    bench = config.bench
+    lines = [f"clae_fast bench on {bench.facts['machine']}, {bench.threads} threads"]
+    return lines + [f"not measured: {name}: {why}" for name, why in missing(bench.device).items()]
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.bench.quick:
-        kept = [item for item in items if "quick" in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    bench = config.bench
+    kept = [
+        item
+        for item in items
+        if (not bench.quick or "quick" in item.keywords)
+        and (bench.device == "cpu" or "cpu" not in item.keywords)
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.bench.notes:
+        terminalreporter.section("clae_fast bench")
+        for note in dict.fromkeys(config.bench.notes):
+            terminalreporter.write_line(note)
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -71,10 +90,9 @@ def pytest_sessionfinish(session, exitstatus):
     if path is None or not config.bench.records:
         return
     found = {
-        "provenance": provenance(config.bench.device)
-        | {"threads": str(config.bench.threads), "system": platform.system()},
-        "versions": versions(),
-        "gemm_gflops": config.bench.gemm() / 1e9,
+        "provenance": config.bench.facts,
+        "quick": config.bench.quick,
+        "gemm_n": config.bench.gemm_n,
         "missing": missing(config.bench.device),
         "records": config.bench.records,
     }

@@ -1,10 +1,11 @@
-"""Right before fast: the gradient of a provider against float64."""
+"""Right before fast: loss and gradients of a provider against float64."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,60 +14,78 @@ from torch import Tensor
 
 from clae_fast import reference
 
-FULL_UP_TO = 4096  # rows of S; above, 256 of them are looked at
+FULL_UP_TO = 4096  # rows of S; above, the gradients of 256 of them are looked at
 SAMPLE = 256
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+GRADIENT_LIMIT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 def inputs(shape: Shape, seed: int = 0, device: str = "cpu") -> list[Tensor]:
     """Random embeddings, never zeros: positives are noisy copies, as training makes them."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(shape.pairs, shape.width, generator=g)
-    k = q + torch.randn(shape.pairs, shape.width, generator=g)
+    k = q + shape.noise * torch.randn(shape.pairs, shape.width, generator=g)
     found = [q, k]
     if shape.queue:
         found.append(torch.randn(shape.queue, shape.width, generator=g))
     return [x.to(device) for x in found]
 
 
-def gradients(loss: Callable[..., Tensor], xs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def gradients(loss: Callable[..., Tensor], xs: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """The loss and the gradients of the first two inputs (a queue needs none)."""
     leaves = [x.detach().requires_grad_(i < 2) for i, x in enumerate(xs)]
     value = loss(*leaves)
     value.backward()
-    return value.detach(), [x.grad for x in leaves[:2] if x.grad is not None]
+    return value.detach(), [x.grad for x in leaves[:2]]
+
+
+class Errors(NamedTuple):
+    """Of one way of calling a provider; None: that way gives no gradient."""
+
+    loss: float  # |loss - truth| / max(|truth|, 1)
+    gradient: float | None  # the larger of ||dq - truth|| / ||truth|| and the same of dk
+
+    def wrong(self, shape: Shape) -> str | None:
+        """What is off by more than float32 explains, or None."""
+        limit = max(2e-6, 1e-7 / shape.temperature)
+        if not self.loss <= limit:
+            return f"loss error {self.loss:.1e}, allowed {limit:.0e}"
+        limit = GRADIENT_LIMIT[torch.float32]
+        if self.gradient is not None and not self.gradient <= limit:
+            return f"gradient error {self.gradient:.1e}, allowed {limit:.0e}"
+        return None
 
 
 class Truth:
     """Loss and gradient rows of a shape in float64, once for all providers."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.inputs = inputs(shape)
-        self.begin, self.count = 0, shape.pairs
+    def __init__(self, shape: Shape, device: str = "cpu") -> None:
+        begin, count = 0, shape.pairs
         if shape.rows > FULL_UP_TO:
-            self.begin, self.count = shape.pairs // 3, SAMPLE
-        xs = [x.double() for x in self.inputs]
-        self.gradients = _rows(shape, xs, slice(self.begin, self.begin + self.count))
+            begin, count = shape.pairs // 3, SAMPLE
+        self.rows = slice(begin, begin + count)
+        xs = inputs(shape)
+        self.inputs = [x.to(device) for x in xs]
+        self.loss, *self.gradients = _truth(shape, [x.double() for x in xs], self.rows)
 
-    def error(self, loss: Callable[..., Tensor]) -> float:
-        """The larger of ||dq - truth|| / ||truth|| and the same of dk, over the rows looked at."""
-        _, got = gradients(loss, self.inputs)
-        if len(got) != 2:
-            return float("inf")  # a gradient is missing
-        rows = slice(self.begin, self.begin + self.count)
-        return max(
-            float((x[rows].double().cpu() - truth).norm() / truth.norm())
-            for x, truth in zip(got, self.gradients, strict=True)
-        )
+    def of_loss(self, value: Tensor) -> Errors:
+        """Errors of a loss alone."""
+        return Errors(abs(float(value) - self.loss) / max(abs(self.loss), 1.0), None)
+
+    def of(self, value: Tensor, grads: Sequence[Tensor | None]) -> Errors:
+        """Errors of a loss and the gradients of the first two inputs."""
+        errors = []
+        for x, truth in zip(grads, self.gradients, strict=True):
+            if x is None:
+                errors.append(math.inf)
+                continue
+            difference = x[self.rows].double().cpu() - truth
+            errors.append(float(difference.norm() / truth.norm()))
+        return Errors(self.of_loss(value).loss, max(errors))
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    return TOLERANCE[dtype]
-
-
-def _rows(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-    """Those rows of dq and dk, by the pair operators of the specification: all log-sum-exps, then
-    the rows alone."""
+def _truth(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[float, Tensor, Tensor]:
+    """The mean loss, and those rows of dq and dk, by the pair operators of the specification: all
+    log-sum-exps, then the rows alone."""
     t, B = 1 / shape.temperature, shape.pairs
     q, k, *n = (F.normalize(x, dim=1) for x in xs)
     cos = (q * k).sum(1)
@@ -74,7 +93,8 @@ def _rows(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
     if shape.loss == "nt_xent":
         z = torch.cat((q, k))
         all_lse = lse(z, z, skip="twins")
-        r = torch.sigmoid(all_lse - torch.cat((cos, cos)) * t)
+        margin = all_lse - torch.cat((cos, cos)) * t
+        r = torch.sigmoid(margin)
         both = {"col_lse": all_lse, "col_weight": r, "skip": "twins"}
         g = [
             _sweep(x, z, t, rows, (all_lse[half], r[half]), offset=start, **both)
@@ -83,7 +103,8 @@ def _rows(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
         pull, mean = r[:B] + r[B:], 2 * B
     elif shape.loss == "clip":
         by_row, by_col = lse(q, k, skip="diagonal"), lse(k, q, skip="diagonal")
-        r, c = torch.sigmoid(by_row - cos * t), torch.sigmoid(by_col - cos * t)
+        margin = torch.cat((by_row, by_col)) - torch.cat((cos, cos)) * t
+        r, c = torch.sigmoid(margin).chunk(2)
         g = [
             _sweep(q, k, t, rows, (by_row, r), col_lse=by_col, col_weight=c, skip="diagonal"),
             _sweep(k, q, t, rows, (by_col, c), col_lse=by_row, col_weight=r, skip="diagonal"),
@@ -92,7 +113,8 @@ def _rows(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
     else:
         keys, skip = (n[0], "none") if n else (k, "diagonal")
         by_row = lse(q, keys, skip=skip)
-        r = torch.sigmoid(by_row - cos * t)
+        margin = by_row - cos * t
+        r = torch.sigmoid(margin)
         g = [_sweep(q, keys, t, rows, (by_row, r), skip=skip), torch.zeros_like(k[rows])]
         if not n:
             g[1] = _sweep(k, q, t, rows, None, col_lse=by_row, col_weight=r, skip=skip)
@@ -102,7 +124,8 @@ def _rows(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
         dz = (dz - t * pull[rows, None] * partner[rows]) / mean
         radial = (dz * mine[rows]).sum(1, keepdim=True) * mine[rows]
         found.append((dz - radial) / x[rows].norm(dim=1, keepdim=True))
-    return found[0], found[1]
+    loss = float(torch.logaddexp(margin, torch.zeros_like(margin)).mean())
+    return loss, found[0], found[1]
 
 
 def _sweep(

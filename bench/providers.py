@@ -101,6 +101,8 @@ def _ours(backend: str, shape: Shape, device: str) -> Loss | None:
     state = clae_fast.available_backends()["contrast"][backend]
     if state != "ok":
         raise NotHere(state)
+    if (backend == "cpp") != (device == "cpu") and backend != "reference":
+        raise NotHere(f"it does not run on {device}")
     if backend == "reference" and shape.rows * shape.columns > 2**24:
         return None  # the specification, chunk by chunk; its time says nothing more
     options: dict[str, Any] = {"backend": backend}
@@ -217,8 +219,8 @@ def _liger(module: Any, shape: Shape) -> Loss | None:
     return loss
 
 
-def _no_loss_of_these(module: Any, shape: Shape) -> Loss | None:
-    return None
+def _sigmoid_only(module: Any, shape: Shape) -> Loss | None:
+    raise NotHere("its loss is SigLIP's, and no shape asks for that")
 
 
 PROVIDERS = (
@@ -236,7 +238,7 @@ PROVIDERS = (
     Provider("open_clip", _open_clip, "open-clip-torch"),
     Provider("memeff", _gpu_only("memeff", _memeff), "memeff"),
     Provider("inf-cl", _gpu_only("inf_cl", _inf_cl), "inf-cl"),
-    Provider("siglip-kernel", _gpu_only("siglip_kernel", _no_loss_of_these), "siglip-kernel"),
+    Provider("siglip-kernel", _gpu_only("siglip_kernel", _sigmoid_only), "siglip-kernel"),
     Provider(
         "cut-cross-entropy",
         _gpu_only("cut_cross_entropy", _cut_cross_entropy),

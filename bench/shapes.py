@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """`pairs` embeddings of `width` on each side; `queue` shared negatives (info_nce only)."""
+    """`pairs` embeddings of `width` on each side; `queue` shared negatives (info_nce only).
+
+    A key is its query plus `noise` times as much noise: at a high scale the pairs must be hard, or
+    the gradient is 0 to every digit and nothing can be compared.
+    """
 
     name: str
     loss: str  # nt_xent, info_nce or clip
@@ -14,6 +18,7 @@ class Shape(NamedTuple):
     width: int
     temperature: float = 0.1
     queue: int = 0
+    noise: float = 1.0
     quick: bool = False
 
     @property
@@ -47,6 +52,6 @@ SHAPES = (
     Shape("clip-256-d512", "clip", 256, 512, temperature=0.07, quick=True),
     Shape("clip-2048-d512", "clip", 2048, 512, temperature=0.07),
     Shape("clip-4096-d768", "clip", 4096, 768, temperature=0.07),
-    Shape("clip-1024-d512-scale100", "clip", 1024, 512, temperature=0.01),  # CLIP's clamp
+    Shape("clip-1024-d512-scale100", "clip", 1024, 512, 0.01, noise=5.0),  # CLIP's clamp
 )
 BY_NAME = {shape.name: shape for shape in SHAPES}

@@ -1,5 +1,7 @@
 """Loss and input gradients in one call."""
 
+from __future__ import annotations  # torch.compile traces no annotation of a nested function
+
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -142,7 +144,9 @@ def _by_autograd(
         ]
         loss = loss_fn(*leaves, **kwargs)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise _not_scalar(f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else loss)
+            raise _not_scalar(
+                f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            )
         wanted = [x for x, n in zip(leaves, need, strict=True) if n]
         if loss.requires_grad and wanted:
             # Not autograd.grad: it raises under FlopCounterMode. The leaves are private.

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,24 +46,128 @@ def test_quick_runs_and_every_gradient_is_right(quick, bench):
     ours = [r for r in result["records"] if r["provider"] == "clae_fast-cpp"]
     assert {r["mode"] for r in ours} == {"forward", "forward+backward", "value_and_grad"}
     for record in result["records"]:
-        assert record["error"] < 2e-5, record
+        assert "wrong" not in record, record
+        assert record["loss_error"] < 2e-6
+        assert (record["gradient_error"] is None) is (record["mode"] == "forward")
         assert record["seconds"] > 0
-    assert result["gemm_gflops"] > 1
+        assert record["gemm_gflops"] > 1
+    assert result["quick"]
     for name in ("torch", "commit", "machine", "threads"):
         assert result["provenance"][name]
     for name, why in result["missing"].items():
         assert f"not measured: {name}: {why}" in text  # one line each
 
 
-def test_a_wrong_gradient_is_wrong_never_fast(bench):
+def test_what_is_wrong(bench):
     gate, shapes, providers = bench["gate"], bench["shapes"], bench["providers"]
     shape = shapes.Shape("small", "nt_xent", 20, 8)
-    truth = gate.Truth(shape)
-    good = providers.dense(shape)
-    assert truth.error(good) < 2e-6
-    assert truth.error(lambda a, b: 1.0001 * good(a, b)) > gate.tolerance(torch.float32)
-    assert truth.error(lambda a, b: good(a, b.detach())) == float("inf")  # no dk
-    assert truth.error(lambda a, b: good(a, b) + 1e-3 * b.sum()) > gate.tolerance(torch.float32)
+    truth, good = gate.Truth(shape), providers.dense(shape)
+
+    def verdict(loss):
+        return truth.of(*gate.gradients(loss, truth.inputs)).wrong(shape)
+
+    assert verdict(good) is None
+    assert "gradient error" in verdict(lambda a, b: good(a, b) + 1e-4 * (b - b.detach()).sum())
+    assert "gradient error" in verdict(lambda a, b: good(a, b) + 1e-4 * (a - a.detach()).sum())
+    assert "gradient error inf" in verdict(lambda a, b: good(a, b.detach()))  # no dk at all
+    assert "loss error" in verdict(lambda a, b: good(a, b) + 1e-4)
+    assert "loss error nan" in verdict(lambda a, b: good(a, b) * torch.nan)
+    assert "loss error" in truth.of_loss(good(*truth.inputs) + 1e-4).wrong(shape)
+
+
+def test_pairs_of_every_shape_are_hard_enough(bench):
+    """Dense float64 passes the gate: a shape whose gradient vanishes would call it wrong."""
+    for shape in bench["shapes"].SHAPES:
+        if shape.rows * shape.columns > 2**21:
+            continue
+        truth = bench["gate"].Truth(shape)
+        xs = [x.double() for x in truth.inputs]
+        got = bench["gate"].gradients(bench["providers"].dense(shape), xs)
+        errors = truth.of(*got)
+        assert errors.loss < 1e-12, shape
+        assert errors.gradient < 1e-9, shape
+
+
+BROKEN = """
+import providers, clae_fast, gate, torch
+real = providers._ours
+def ours(backend, shape, device):
+    loss = real(backend, shape, device)
+    return None if loss is None else (lambda *xs: {ours})
+if {patch!r}:
+    providers.PROVIDERS = tuple(
+        p._replace(make=lambda s, d, n=p.name: ours(n[10:], s, d)) if p.ours else p
+        for p in providers.PROVIDERS
+    )
+def explode(shape, device):
+    def loss(*xs):
+        raise RuntimeError("peer exploded")
+    return loss
+providers.PROVIDERS += (providers.Provider("exploding", explode),)
+if {fused!r}:
+    def value_and_grad(loss, argnums=None):
+        return lambda *xs: (loss(*xs).detach(), tuple(torch.zeros_like(x) for x in xs[:2]))
+    clae_fast.value_and_grad = value_and_grad
+"""
+
+
+def run_broken(tmp_path, patch, ours="loss(*xs)", fused=False):
+    (tmp_path / "broken.py").write_text(BROKEN.format(patch=patch, ours=ours, fused=fused))
+    path = tmp_path / "out.json"
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", BENCH, "--benchmark-only", "-p", "broken",
+         "-k", "simclr-128 and (cpp or eager or exploding)", "--quick", "--results", path],
+        cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(BENCH), str(tmp_path), str(ROOT)))},
+    )  # fmt: skip
+    return ran, json.loads(path.read_text())
+
+
+def test_a_peer_that_raises_drops_out_alone(tmp_path):
+    ran, result = run_broken(tmp_path, patch=False)
+    assert ran.returncode == 0, ran.stdout[-2000:]
+    line = "exploding is wrong on simclr-128, forward: raises RuntimeError: peer exploded"
+    assert line in ran.stdout
+    for record in result["records"]:
+        assert ("wrong" in record) is (record["provider"] == "exploding")
+
+
+@pytest.mark.parametrize(
+    ("ours", "fused", "mode"),
+    [("loss(*xs) + 5", False, "forward"), ("loss(*xs)", True, "value_and_grad")],
+)
+def test_ours_is_held_to_the_same(ours, fused, mode, tmp_path, bench):
+    """A wrong loss; a wrong fused call beside a right backward: both fail and stay in the report."""
+    ran, result = run_broken(tmp_path, patch=not fused, ours=ours, fused=fused)
+    assert ran.returncode == 1, ran.stdout[-2000:]
+    mine = {r["mode"]: r for r in result["records"] if r["provider"] == "clae_fast-cpp"}
+    assert "wrong" in mine[mode]
+    assert "seconds" not in mine[mode]
+    assert ("wrong" in mine["forward+backward"]) is not fused
+    table = "\n".join(bench["report"].loss_table(result))
+    assert "| simclr-128 | 128 x 128, 128 | wrong |" in table or fused
+    assert f"clae_fast-cpp is wrong on simclr-128, {mode}" in "\n".join(
+        bench["report"].wrong(result)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--device", "tpu"], "--device tpu: expected cpu or cuda"),
+        (["--threads", "0"], "--threads 0: expected a number of at least 1"),
+        (["--results", "/proc/nope/x.json"], "--results /proc/nope/x.json: expected a file"),
+    ],
+)
+def test_wrong_options_are_one_line(words, says):
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", BENCH, "--benchmark-only", "--quick", *words],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 4
+    assert [line for line in ran.stderr.splitlines() if line] == [f"ERROR: {says}"] or (
+        ran.stderr.startswith(f"ERROR: {says}") and "Traceback" not in ran.stderr
+    )
 
 
 @pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip", "queue"])
@@ -77,11 +182,12 @@ def test_the_truth_of_the_gate(loss, sampled, bench, monkeypatch):
     shape = shapes.Shape("small", kind, 40, 8, queue=30 if loss == "queue" else 0)
     truth = gate.Truth(shape)
     xs = [x.double().requires_grad_() for x in truth.inputs]
-    expected = torch.autograd.grad(providers.dense(shape)(*xs), xs[:2])
+    loss = providers.dense(shape)(*xs)
+    expected = torch.autograd.grad(loss, xs[:2])
+    assert abs(truth.loss - float(loss.detach())) < 1e-12
     for got, grad in zip(truth.gradients, expected, strict=True):
         assert len(got) == (7 if sampled else 40)
-        rows = grad[truth.begin : truth.begin + truth.count]
-        torch.testing.assert_close(got, rows, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(got, grad[truth.rows], rtol=1e-9, atol=1e-12)
 
 
 def test_interleaving(bench):
@@ -91,7 +197,8 @@ def test_interleaving(bench):
     times = bench["timing"].interleaved(calls, lambda seed: seen.append(seed), rounds=3)
     assert seen[-12:] == [2, "a", "b", "c", 3, "b", "c", "a", 4, "c", "a", "b"]
     assert all(len(t) == 3 and min(t) >= 0 for t in times.values())
-    assert bench["timing"].ratio([1.0, 2.0, 1.0], [3.0, 2.0, 3.0]) == 3.0
+    quartiles = bench["timing"].ratios([1.0, 2.0, 1.0, 1.0, 1.0], [3.0, 2.0, 4.0, 3.0, 5.0])
+    assert quartiles == (3.0, 3.0, 4.0)
 
 
 def test_report(quick, bench, tmp_path):
@@ -103,11 +210,37 @@ def test_report(quick, bench, tmp_path):
     assert new.endswith("after\n")
     assert "old" not in new
     assert "| cifar-simclr-512 | 512 x 512, 128 |" in new
+    assert "a 512 x 512 product reached" in new
+    assert "bench-time.svg" in new
+    assert "bench-memory.svg" not in new  # no memory was measured
     assert report.insert(new, result) == new
-    with pytest.raises(ValueError, match="expected the lines"):
+    report.draw(result, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bench-time.svg"]
+    svg = (tmp_path / "bench-time.svg").read_text()
+    assert svg.startswith("<?xml")
+    assert "clae_fast-cpp" in svg
+
+
+def test_what_the_report_refuses(quick, bench, tmp_path):
+    report, (_, result) = bench["report"], quick
+    with pytest.raises(report.ReportError, match="expected the lines"):
         report.insert("no markers", result)
-    report.plots(result, tmp_path)
-    assert (tmp_path / "bench-time.svg").read_text().startswith("<?xml")
+    path = tmp_path / "x.json"
+    for text in ("{", "[]", "{}", (BENCH / "results" / "compare-mnist5k.json").read_text()):
+        path.write_text(text)
+        with pytest.raises(report.ReportError, match=f"^{path}: expected results of"):
+            report.load(path)
+    path.write_text(json.dumps(result))
+    with pytest.raises(report.ReportError, match="expected a whole run; --quick"):
+        report.load(path)
+    ran = subprocess.run(
+        [sys.executable, BENCH / "report.py", tmp_path / "nope.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("report.py: error: ")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_the_readme_holds_the_committed_results(bench):

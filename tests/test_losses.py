@@ -215,6 +215,21 @@ def test_zero_vector(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_of_a_half_precision_temperature(name, dtype, backend):
+    """Its parts cancel: they are summed in float32, and the sum is rounded once."""
+    q = torch.randn(40, 16)
+    xs = [x.to(dtype) for x in (q, q + torch.randn(40, 16))]
+    if CASES[name][2] == 3:
+        xs.append(torch.randn((40, 7, 16) if name == "paired" else (50, 16)).to(dtype))
+    tau = torch.tensor(0.03125, dtype=dtype, requires_grad=True)
+    CASES[name][0](*xs, temperature=tau, backend=backend).backward()
+    _, _, truth_ = truth(name, xs, 0.03125)
+    assert error(tau.grad, truth_) < 5e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1e-14, 1e20])
 def test_extreme_lengths(length, backend):
     """As F.normalize: divided by 1e-12 if shorter, 0 where the square leaves the range."""

@@ -72,6 +72,8 @@ def test_common_keywords(name, options, error, says):
         (-0.1, ValueError, "must be positive and finite, got -0.1"),
         (float("nan"), ValueError, "must be positive and finite, got nan"),
         (float("inf"), ValueError, "must be positive and finite, got inf"),
+        (1e-39, ValueError, "must lie between 1e-37 and 1e37, got 1e-39"),
+        (10**400, ValueError, "must lie between 1e-37 and 1e37, got a number of 401 digits"),
         ("0.5", TypeError, "must be a number or a one-element tensor, got str"),
         (None, TypeError, "must be a number or a one-element tensor, got NoneType"),
         (True, TypeError, "must be a number or a one-element tensor, got bool"),

@@ -81,6 +81,18 @@ def test_queue():
     assert dqueue is None
 
 
+def test_inside_torch_compile():
+    """Made and called in the compiled function, without a graph break."""
+
+    def both(x, y):
+        return value_and_grad(cf.nt_xent_loss)(x, y)
+
+    x, y = torch.randn(6, 4), torch.randn(6, 4)
+    (loss, grads), (expected, wanted) = torch.compile(both, fullgraph=True)(x, y), both(x, y)
+    assert torch.equal(loss, expected)
+    assert all(map(torch.equal, grads, wanted))
+
+
 def test_other_callables_go_through_autograd():
     """A lambda, a subclass, a hooked module, a wrapper of a loss, a positional partial."""
     x, y = inputs()

@@ -63,6 +63,8 @@ def contrast(
     dtype = compute_dtype(q.dtype)
     raw = [x.to(dtype) for x in (q, k, negatives) if x is not None]
     rows = [unit_rows(x) if normalize else as_given(x) for x in raw]
+    if scale_tensor is not None:  # once: its gradient is summed in this dtype, and rounded last
+        scale_tensor = scale_tensor.to(dtype)
     t = effective_scale(scale, scale_tensor, reciprocal, dtype)
     s_pos = cosine(rows[0], rows[1]) * t
     z = [unit.z for unit in rows]
