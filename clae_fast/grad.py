@@ -144,9 +144,8 @@ def _by_autograd(
         ]
         loss = loss_fn(*leaves, **kwargs)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise _not_scalar(
-                f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            )
+            is_tensor = isinstance(loss, Tensor)
+            raise _not_scalar(f"shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__)
         wanted = [x for x, n in zip(leaves, need, strict=True) if n]
         if loss.requires_grad and wanted:
             # Not autograd.grad: it raises under FlopCounterMode. The leaves are private.

@@ -74,9 +74,7 @@ def positive_number(name: str, value: Any) -> None:
     if not (0 < value < math.inf):
         raise ValueError(f"{name} must be positive and finite, got {value}")
     if not (1e-37 <= value <= 1e37):  # it and its inverse must be float32 numbers
-        shown = (
-            f"{value:g}" if isinstance(value, float) else f"a number of {len(str(value))} digits"
-        )
+        shown = f"an int of {value.bit_length()} bits" if isinstance(value, int) else value
         raise ValueError(f"{name} must lie between 1e-37 and 1e37, got {shown}")
 
 
