@@ -47,13 +47,12 @@ def _scale(scale: float, scale_tensor: Tensor | None, reciprocal: bool) -> float
 
 
 def _run(op: Callable[..., int], *args: Any) -> None:
-    """All steps of an operator; between the calls of a long one Python answers Ctrl-C."""
-    step = op(*args, None, 0, PAUSE_MS)
-    if step == 0:
+    """An operator to its end; between the calls of a long one Python answers Ctrl-C."""
+    token = op(*args, None, 0, PAUSE_MS)
+    if token == 0:
         return
-    memory = torch.empty(-step, dtype=torch.uint8)
-    step = 0
-    while step := op(*args, memory, step, PAUSE_MS):
+    memory, token = torch.empty(-token, dtype=torch.uint8, device="cpu"), 0
+    while token := op(*args, memory, token, PAUSE_MS):
         pass
 
 
@@ -77,7 +76,6 @@ def contrast(
         raise ValueError(f"form must be 'nt_xent', 'one_way' or 'two_way', got {form!r}")
     B = q.shape[0]
     two_way, rows = form == "two_way", 2 * B if form == "nt_xent" else B
-    need_dnegatives = need_dnegatives and negatives is not None
     dtype = compute_dtype(q.dtype)
     new, nothing = torch.empty, _NOTHING[dtype]
     out = (
@@ -86,7 +84,9 @@ def contrast(
         new(B, dtype=dtype) if two_way else nothing[0],
         new(q.shape, dtype=dtype) if need_dq else nothing[1],
         new(k.shape, dtype=dtype) if need_dk else nothing[2],
-        new(negatives.shape, dtype=dtype) if need_dnegatives else nothing[3],  # type: ignore[union-attr]
+        nothing[3]
+        if negatives is None or not need_dnegatives
+        else new(negatives.shape, dtype=dtype),
         new(1, dtype=dtype) if need_dscale else nothing[4],
     )
     _run(

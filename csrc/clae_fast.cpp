@@ -19,13 +19,13 @@ STABLE_TORCH_LIBRARY(clae_fast_C, m) {
       "contrast(Tensor q, Tensor k, Tensor? negatives, float scale, int form, bool normalize, "
       "int reduction, "
       "Tensor(a!) loss, Tensor(b!) lse_row, Tensor(c!) lse_col, Tensor(d!) dq, Tensor(e!) dk, "
-      "Tensor(f!) dnegatives, Tensor(g!) dscale, Tensor(h!)? memory, int step, "
+      "Tensor(f!) dnegatives, Tensor(g!) dscale, Tensor(h!)? memory, int token, "
       "int pause_ms) -> int");
   m.def(
       "pairs(int op, Tensor q, Tensor k, float scale, float bias, float negative_weight, int skip, "
       "int offset, Tensor? row_ids, Tensor? col_ids, Tensor? row_lse, Tensor? row_weight, "
       "Tensor? col_lse, Tensor? col_weight, Tensor(a!) rows, Tensor(b!) slope, Tensor(c!) dq, "
-      "Tensor(d!) dk, Tensor(e!)? memory, int step, int pause_ms) -> int");
+      "Tensor(d!) dk, Tensor(e!)? memory, int token, int pause_ms) -> int");
   m.def("isa() -> str");
 }
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from runs import stop_after
 from torch import nn
 
 from clae_fast.pretraining import (
@@ -32,20 +33,6 @@ def settings(**changes):
     return PretrainConfig(
         **{"epochs": 3, "batch_size": 32, "workers": 0, "threads": 1, "log_every": 1} | changes
     )
-
-
-def stop_after(monkeypatch, steps):
-    """Ctrl-C arrives while the step of that number (from 1, over the whole run) is computed."""
-    real, count = loop_module.TrainingStep.__call__, 0
-
-    def step(self, x_i, x_j):
-        nonlocal count
-        count += 1
-        if count == steps:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, x_i, x_j)
-
-    monkeypatch.setattr(loop_module.TrainingStep, "__call__", step)
 
 
 def numbers(folder):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import stop_after
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -47,19 +48,6 @@ def settings(**changes):
     )
 
 
-def stop_at(monkeypatch, steps):
-    """Ctrl-C during that step, from 1 over the whole run."""
-    real, done = loop_module.TrainingStep.__call__, []
-
-    def step(self, x_i, x_j):
-        done.append(1)
-        if len(done) == steps:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, x_i, x_j)
-
-    monkeypatch.setattr(loop_module.TrainingStep, "__call__", step)
-
-
 # ------------------------------------------------------------------------------ the same run
 
 
@@ -73,7 +61,7 @@ def stop_at(monkeypatch, steps):
 )
 def test_a_run_does_not_go_on_with_other_images(change, says, subset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at(patch, 2)
+        stop_after(patch, 2)
         with pytest.raises(Interrupted):
             pretrain(settings(), data=subset, folder=tmp_path)
     with pytest.raises(CheckpointError, match=says):
@@ -86,7 +74,7 @@ def test_a_resumed_run_keeps_its_threads(subset, tmp_path, monkeypatch):
     used = []
     real = loop_module.TrainingStep.__call__
     with monkeypatch.context() as patch:
-        stop_at(patch, 1)
+        stop_after(patch, 1)
         with pytest.raises(Interrupted):
             pretrain(settings(threads=3), data=subset, folder=tmp_path)
     state = load_checkpoint(checkpoints(tmp_path)[-1])[1]
@@ -168,7 +156,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(subset, tmp_path):
 
 def test_ctrl_c_in_the_last_step_is_answered(subset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at(patch, 8)
+        stop_after(patch, 8)
         with pytest.raises(Interrupted) as stopped:
             pretrain(settings(), data=subset, folder=tmp_path)
     assert "after the last epoch of 2; to go on" in stopped.value.message

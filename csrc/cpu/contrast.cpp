@@ -16,15 +16,15 @@ using torch::stable::Tensor;
 template <typename C>
 std::int64_t run(Form form, const Matrix& q, const Matrix& k, const Matrix* negatives,
                  std::int64_t width, double scale, bool normalize, const ContrastOutputs<C>& out,
-                 const std::optional<Tensor>& memory, std::int64_t step, std::int64_t pause_ms) {
+                 const std::optional<Tensor>& memory, std::int64_t token, std::int64_t pause_ms) {
   Contrast<C> contrast(form, q, k, negatives, width, scale, normalize, out);
-  return run_steps<C>(contrast, memory, step, pause_ms);
+  return run_steps<C>(contrast, memory, token, pause_ms);
 }
 
 std::int64_t contrast(Tensor q, Tensor k, std::optional<Tensor> negatives, double scale,
                       std::int64_t form, bool normalize, std::int64_t reduction, Tensor loss,
                       Tensor lse_row, Tensor lse_col, Tensor dq, Tensor dk, Tensor dnegatives,
-                      Tensor dscale, std::optional<Tensor> memory, std::int64_t step,
+                      Tensor dscale, std::optional<Tensor> memory, std::int64_t token,
                       std::int64_t pause_ms) {
   STD_TORCH_CHECK(form >= 0 && form <= 2, "contrast: form must be 0, 1 or 2");
   const Matrix a = matrix(q, "q"), b = matrix(k, "k");
@@ -60,7 +60,7 @@ std::int64_t contrast(Tensor q, Tensor k, std::optional<Tensor> negatives, doubl
         at(dq, need_dq),         at(dk, need_dk),   at(dnegatives, need_dn),
         at(dscale, need_dscale), reduction != 0,    C(reduction == 2 ? 1.0 / double(rows) : 1.0)};
     return run<C>(static_cast<Form>(form), a, b, negatives.has_value() ? &n : nullptr, width, scale,
-                  normalize, out, memory, step, pause_ms);
+                  normalize, out, memory, token, pause_ms);
   };
   return a.kind == Kind::kDouble ? go(0.0) : go(0.0f);
 }

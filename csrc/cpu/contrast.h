@@ -52,22 +52,33 @@ class Contrast {
     plan();
   }
 
-  std::size_t bytes() {
-    Arena arena;
-    place(arena);
-    return arena.used();
-  }
-  void use(void* memory) {
-    Arena arena(memory);
-    place(arena);
+  void place(Arena& arena) {
+    sweep_.half = a_.first.kind == Kind::kBFloat16 && isa_ == Isa::kAvx512 && bf16_supported();
+    a_.place(arena, width_, want_a_, sweep_.half);
+    if (form_ != Form::kNtXent) b_.place(arena, width_, want_b_, sweep_.half);
+    if (queue_) positive_.place(arena, width_, false);
+    const std::int64_t N = rows();
+    cosine_ = arena.take<C>(batch_);
+    losses_ = arena.take<C>(out_.reduced ? 2 * N : 0);
+    row_share_ = arena.take<C>(N);
+    col_share_ = arena.take<C>(form_ == Form::kTwoWay ? batch_ : 0);
+    euler_ = arena.take<C>(out_.dscale == nullptr ? 0 : N);
+    alarms_ = arena.take<C>(a_.panels() + b_.panels() + positive_.panels());
+    stored_tiles_ = 0;
+    if (!two_phases()) return;
+    const std::int64_t of_tile = row_edge_ * col_edge_, room = (std::int64_t(32) << 20) / sizeof(C);
+    stored_tiles_ = std::min(all_tiles(), room / of_tile);
+    stored_ = arena.take<C>(stored_tiles_ * of_tile);
+    if (stored_tiles_ < all_tiles()) return;
+    row_parts_ = arena.take<double>(a_.x.padded * tiles(columns(), col_edge_));
+    if (form_ == Form::kTwoWay) {
+      col_parts_ = arena.take<double>(b_.x.padded * tiles(N, row_edge_));
+    }
   }
 
   std::int64_t steps() const { return finish_step() + (want_any_ ? 1 : 0); }
-  // Floating-point operations of all steps, roughly.
-  double work() const {
-    const double pairs = double(rows()) * double(columns()) * double(width_);
-    return pairs * 2 * (want_any_ ? 4 : 1);
-  }
+  // Of all steps, in operations of a product, roughly.
+  double work() const { return double(rows()) * work_of_row(); }
 
   void use_isa(Isa isa) { isa_ = isa; }
 
@@ -77,21 +88,25 @@ class Contrast {
     if (step > turn_step()) aim();
   }
 
+  // The step from its task `first` on; returns the task to go on with, 0 when the step is done.
+  //
   // parallel(n, work of one, f): f(0) ... f(n - 1), at once where it pays; f's second argument is
-  // a buffer of kBuffer elements.
+  // a buffer of kBuffer elements. parallel.some begins at `first` and may stop early.
   template <typename Parallel>
-  void run(std::int64_t step, const Parallel& parallel) {
-    if (step == 0) return prepare(parallel);
-    if (step < turn_step())
-      return sweep(first_, mean_ ? Task::kMean : Task::kSums, step - 1, parallel);
-    if (step == turn_step()) {
+  std::int64_t run(std::int64_t step, std::int64_t first, const Parallel& parallel) {
+    if (step == 0) {
+      prepare(parallel);
+    } else if (step < turn_step()) {
+      return sweep(first_, mean_ ? Task::kMean : Task::kSums, step - 1, first, parallel);
+    } else if (step == turn_step()) {
       turn();
-      return aim();
+      aim();
+    } else if (step < finish_step()) {
+      return sweep(second_, Task::kGradient, step - turn_step() - 1, first, parallel);
+    } else {
+      finish(parallel);
     }
-    if (step < finish_step()) {
-      return sweep(second_, Task::kGradient, step - turn_step() - 1, parallel);
-    }
-    finish(parallel);
+    return 0;
   }
 
  private:
@@ -102,8 +117,10 @@ class Contrast {
   std::int64_t turn_step() const { return 1 + first_.steps(); }
   std::int64_t finish_step() const { return turn_step() + 1 + second_.steps(); }
   bool two_phases() const { return want_any_ && !mean_ && (want_a_ || want_b_); }
-
-  static std::int64_t square_edge(std::int64_t n) { return n >= 2048 ? 128 : n >= 128 ? 64 : 32; }
+  double work_of_row() const {
+    const double sweeps = want_any_ ? 2 : 1;
+    return double(columns()) * sweeps * (4.0 * double(width_) + kExponential<C>);
+  }
 
   void plan() {
     const std::int64_t N = rows(), M = columns();
@@ -111,9 +128,9 @@ class Contrast {
     sweep_.symmetric = form_ == Form::kNtXent;
     sweep_.width = width_;
     sweep_.skip = sweep_.symmetric ? Skip::kTwins : queue_ ? Skip::kNone : Skip::kDiagonal;
-    // Few rows that each pass over all columns are cut finer, so that every thread has some.
-    row_edge_ = by_rows && !want_b_ ? (N >= 1024 ? 128 : N >= 256 ? 64 : 32) : square_edge(N);
-    col_edge_ = sweep_.symmetric ? row_edge_ : by_rows && !want_b_ ? kEdge : square_edge(M);
+    const bool owners = by_rows && !want_b_;
+    row_edge_ = owners ? owner_edge(N, work_of_row()) : square_edge(N);
+    col_edge_ = sweep_.symmetric ? row_edge_ : owners ? kEdge : square_edge(M);
     choose_visits();
   }
 
@@ -138,36 +155,7 @@ class Contrast {
   }
 
   Schedule schedule(Visit visit) const {
-    Schedule s{visit, tiles(rows(), row_edge_), tiles(columns(), col_edge_)};
-    const bool by_rows = visit == Visit::kRows;
-    const double of_one = 4.0 * double(width_) * double(by_rows ? columns() : rows()) *
-                          double(by_rows ? row_edge_ : col_edge_);
-    s.group = std::max<std::int64_t>(4, std::int64_t(1e10 / std::max(of_one, 1.0)));
-    return s;
-  }
-
-  void place(Arena& arena) {
-    sweep_.half = a_.first.kind == Kind::kBFloat16 && isa_ == Isa::kAvx512 && bf16_supported();
-    a_.place(arena, width_, want_a_, sweep_.half);
-    if (form_ != Form::kNtXent) b_.place(arena, width_, want_b_, sweep_.half);
-    if (queue_) positive_.place(arena, width_, false);
-    const std::int64_t N = rows();
-    cosine_ = arena.take<C>(batch_);
-    losses_ = arena.take<C>(out_.reduced ? 2 * N : 0);
-    row_share_ = arena.take<C>(N);
-    col_share_ = arena.take<C>(form_ == Form::kTwoWay ? batch_ : 0);
-    euler_ = arena.take<C>(out_.dscale == nullptr ? 0 : N);
-    alarms_ = arena.take<C>(a_.panels() + b_.panels() + positive_.panels());
-    stored_tiles_ = 0;
-    if (!two_phases()) return;
-    const std::int64_t of_tile = row_edge_ * col_edge_, room = (std::int64_t(32) << 20) / sizeof(C);
-    stored_tiles_ = std::min(all_tiles(), room / of_tile);
-    stored_ = arena.take<C>(stored_tiles_ * of_tile);
-    if (stored_tiles_ < all_tiles()) return;
-    row_parts_ = arena.take<double>(a_.x.padded * tiles(columns(), col_edge_));
-    if (form_ == Form::kTwoWay) {
-      col_parts_ = arena.take<double>(b_.x.padded * tiles(N, row_edge_));
-    }
+    return {visit, tiles(rows(), row_edge_), tiles(columns(), col_edge_)};
   }
 
   static std::int64_t tiles(std::int64_t rows, std::int64_t edge) {
@@ -218,9 +206,9 @@ class Contrast {
     if (!normalize_) bound *= a_.longest() * (form_ == Form::kNtXent ? a_ : b_).longest();
     const KnownMaximum<C> maximum(bound, std::max(rows(), columns()));
     sweep_.known = maximum.known && scale_ > 0;
-    shift_ = sweep_.known ? maximum.shift : 0.0;
     sweep_.scale = sweep_.known ? C(double(scale_) * kLog2E) : scale_;
-    sweep_.shift = C(shift_ * kLog2E);
+    sweep_.shift = C(sweep_.known ? maximum.shift * kLog2E : 0.0);
+    shift_ = double(sweep_.shift) / kLog2E;  // as it was rounded
     sweep_.stored = stored_;
     sweep_.stored_tiles = stored_tiles_;
     kept_ = sweep_.known && stored_tiles_ > 0 && stored_tiles_ == all_tiles();
@@ -240,23 +228,25 @@ class Contrast {
   }
 
   template <typename Parallel>
-  void sweep(const Schedule& schedule, Task task, std::int64_t step, const Parallel& parallel) {
+  std::int64_t sweep(const Schedule& schedule, Task task, std::int64_t step, std::int64_t first,
+                     const Parallel& parallel) {
     const std::int64_t tiles = schedule.visit == Visit::kRows      ? schedule.col_tiles
                                : schedule.visit == Visit::kColumns ? schedule.row_tiles
                                                                    : 1;
     const double of_tile = 2.0 * double(row_edge_) * double(col_edge_) * double(width_);
-    parallel(schedule.tasks(step), of_tile * double(tiles) * (task == Task::kSums ? 1 : 3),
-             [&](std::int64_t i, C* buffer) {
-               schedule.run(step, i, [&](std::int64_t I, std::int64_t J) {
-                 if (task == Task::kSums) return sums_tile(isa_, sweep_, I, J, buffer);
-                 if (task == Task::kMean) return mean_tile(isa_, sweep_, I, J, buffer);
-                 const bool into_rows = sweep_.row.wants(I);
-                 const bool into_columns = sweep_.col.wants(J) && !(sweep_.symmetric && I == J);
-                 if (into_rows || into_columns) {
-                   gradient_tile(isa_, sweep_, I, J, into_rows, into_columns, buffer);
-                 }
-               });
-             });
+    return parallel.some(
+        schedule.tasks(step), of_tile * double(tiles) * (task == Task::kSums ? 1 : 3), first,
+        [&](std::int64_t i, C* buffer) {
+          schedule.run(step, i, [&](std::int64_t I, std::int64_t J) {
+            if (task == Task::kSums) return sums_tile(isa_, sweep_, I, J, buffer);
+            if (task == Task::kMean) return mean_tile(isa_, sweep_, I, J, buffer);
+            const bool into_rows = sweep_.row.wants(I);
+            const bool into_columns = sweep_.col.wants(J) && !(sweep_.symmetric && I == J);
+            if (into_rows || into_columns) {
+              gradient_tile(isa_, sweep_, I, J, into_rows, into_columns, buffer);
+            }
+          });
+        });
   }
 
   // The log-sum-exp of a row or column, and what turns sigmoid into the sweep's weight.
@@ -371,7 +361,7 @@ class Contrast {
   template <typename Parallel>
   void give(const Parallel& parallel, const Operand<C>& mine) {
     parallel(mine.panels(), 12.0 * kPanel * double(width_), [&](std::int64_t panel, C*) {
-      give_rows(mine, panel * kPanel, std::min(kPanel + 0L, mine.x.rows - panel * kPanel));
+      give_rows(mine, panel * kPanel, std::min<std::int64_t>(kPanel, mine.x.rows - panel * kPanel));
     });
   }
 
@@ -387,7 +377,8 @@ class Contrast {
       back.block = mine.x.padded * kPanel;
       back.z = mine.z(row);
       back.dz = mine.gradient == nullptr ? nullptr : mine.gradient + row * kPanel;
-      back.gain = mean_ ? scale_ * a_.weight[row] : scale_;
+      back.weight = mean_ ? a_.weight[row] : C(1);
+      back.gain = scale_;
       back.inverse = mine.norms.inverse[row] * out_.factor;
       back.on_sphere = mine.norms.on_sphere[row];
       if (!negative) {

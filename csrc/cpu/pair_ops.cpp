@@ -43,7 +43,7 @@ std::int64_t pairs(std::int64_t op, Tensor q, Tensor k, double scale, double bia
                    std::optional<Tensor> row_lse, std::optional<Tensor> row_weight,
                    std::optional<Tensor> col_lse, std::optional<Tensor> col_weight, Tensor rows,
                    Tensor slope, Tensor dq, Tensor dk, std::optional<Tensor> memory,
-                   std::int64_t step, std::int64_t pause_ms) {
+                   std::int64_t token, std::int64_t pause_ms) {
   STD_TORCH_CHECK(op >= 0 && op <= 4, "pairs: op must be 0 to 4");
   STD_TORCH_CHECK(skip >= 0 && skip <= 2, "pairs: skip must be 0, 1 or 2");
   const Matrix a = matrix(q, "q"), b = matrix(k, "k");
@@ -73,7 +73,7 @@ std::int64_t pairs(std::int64_t op, Tensor q, Tensor k, double scale, double bia
                                                (col_lse.has_value() == col_weight.has_value())),
                     "pairs: lse and weight come together");
     PairSweep<C> job(arg);
-    return run_steps<C>(job, memory, step, pause_ms);
+    return run_steps<C>(job, memory, token, pause_ms);
   };
   return a.kind == Kind::kDouble ? go(0.0) : go(0.0f);
 }

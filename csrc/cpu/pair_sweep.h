@@ -39,55 +39,51 @@ class PairSweep {
     k_.first = a.k;
     const std::int64_t N = a.q.rows, M = a.k.rows;
     const bool both = a.dk != nullptr;
-    row_edge_ = N >= 2048 ? kEdge : N >= 256 ? 64 : kPanel;
-    col_edge_ = both ? (M >= 2048 ? kEdge : M >= 256 ? 64 : kPanel) : kEdge;
+    row_edge_ = both ? square_edge(N) : owner_edge(N, work_of_row());
+    col_edge_ = both ? square_edge(M) : kEdge;
     if (a.op == PairOp::kUel) row_edge_ = kUelRows;
     schedule_ = {both ? Visit::kRounds : Visit::kRows, (N + row_edge_ - 1) / row_edge_,
                  (M + col_edge_ - 1) / col_edge_};
-    const double of_one = 4.0 * double(a.width) * double(M) * double(row_edge_);
-    schedule_.group = std::max<std::int64_t>(4, std::int64_t(1e10 / std::max(of_one, 1.0)));
   }
 
-  std::size_t bytes() {
-    Arena arena;
-    place(arena);
-    return arena.used();
-  }
-  void use(void* memory) {
-    Arena arena(memory);
-    place(arena);
+  void place(Arena& arena) {
+    q_.place(arena, arg_.width, arg_.dq != nullptr);
+    k_.place(arena, arg_.width, arg_.dk != nullptr);
+    slope_ = arena.take<double>(arg_.op == PairOp::kSigmoid ? arg_.q.rows : 0);
+    alarms_ = arena.take<C>(q_.panels() + k_.panels());
   }
   std::int64_t steps() const { return schedule_.steps() + 2; }
-  double work() const {
-    return 6.0 * double(arg_.q.rows) * double(arg_.k.rows) * double(arg_.width);
-  }
+  double work() const { return double(arg_.q.rows) * work_of_row(); }
   void use_isa(Isa isa) { isa_ = isa; }
   void resume(std::int64_t step) {
     if (step > 0) arrange();
   }
 
+  // As Contrast::run.
   template <typename Parallel>
-  void run(std::int64_t step, const Parallel& parallel) {
+  std::int64_t run(std::int64_t step, std::int64_t first, const Parallel& parallel) {
     if (step == 0) {
       prepare(parallel);
-      return arrange();
+      arrange();
+      return 0;
     }
-    if (step == steps() - 1) return finish(parallel);
-    const std::int64_t tiles = schedule_.visit == Visit::kRows ? schedule_.col_tiles : 1;
-    const double of_tile = 4.0 * double(row_edge_) * double(col_edge_) * double(arg_.width);
-    parallel(schedule_.tasks(step - 1), of_tile * double(tiles), [&](std::int64_t i, C* buffer) {
-      if (arg_.op == PairOp::kUel) return uel(((step - 1) * schedule_.group + i), buffer);
+    if (step == steps() - 1) {
+      finish(parallel);
+      return 0;
+    }
+    const double work = schedule_.visit == Visit::kRows
+                            ? double(row_edge_) * work_of_row()
+                            : 6.0 * double(row_edge_) * double(col_edge_) * double(arg_.width);
+    return parallel.some(schedule_.tasks(step - 1), work, first, [&](std::int64_t i, C* buffer) {
+      if (arg_.op == PairOp::kUel) return uel(i, buffer);
       schedule_.run(step - 1, i, [&](std::int64_t I, std::int64_t J) { tile(I, J, buffer); });
     });
   }
 
  private:
-  void place(Arena& arena) {
-    const bool with_dq = arg_.dq != nullptr;
-    q_.place(arena, arg_.width, with_dq);
-    k_.place(arena, arg_.width, arg_.dk != nullptr);
-    slope_ = arena.take<double>(arg_.op == PairOp::kSigmoid ? arg_.q.rows : 0);
-    alarms_ = arena.take<C>(q_.panels() + k_.panels());
+  double work_of_row() const {
+    const double exponentials = (arg_.op == PairOp::kUel ? 4 : 2) * kExponential<C>;
+    return double(arg_.k.rows) * (6.0 * double(arg_.width) + exponentials);
   }
 
   template <typename Parallel>
@@ -135,9 +131,9 @@ class PairSweep {
     const KnownMaximum<C> maximum(bound, std::max(arg_.q.rows, arg_.k.rows));
     sweep_.known =
         maximum.known && arg_.scale > 0 && arg_.op != PairOp::kGrad;  // it is given log-sum-exps
-    shift_ = sweep_.known ? maximum.shift : 0.0;
     sweep_.scale = C(sweep_.known ? arg_.scale * kLog2E : arg_.scale);
-    sweep_.shift = C(shift_ * kLog2E);
+    sweep_.shift = C(sweep_.known ? maximum.shift * kLog2E : 0.0);
+    shift_ = double(sweep_.shift) / kLog2E;  // as it was rounded
   }
 
   void tile(std::int64_t I, std::int64_t J, C* buffer) const {
@@ -191,9 +187,10 @@ class PairSweep {
         back.dz = mine.gradient + i * kPanel;
         back.z = mine.z(i);
         back.block = mine.x.padded * kPanel;
-        back.gain = arg_.op != PairOp::kMean ? C(arg_.scale)
-                    : mine.sum[i] == 0       ? C(0)
-                                             : C(1 / mine.sum[i]);
+        back.weight = arg_.op != PairOp::kMean ? C(1)
+                      : mine.sum[i] == 0       ? C(0)
+                                               : C(1 / mine.sum[i]);
+        back.gain = arg_.op != PairOp::kMean ? C(arg_.scale) : C(1);
         back.inverse = C(1);
         give_back(isa_, back, arg_.width, out + i * arg_.width);
       }

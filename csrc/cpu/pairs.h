@@ -2,15 +2,18 @@
 // similarity matrix at a time, and what is made of it.
 //
 //   s_ij = t <a_i, b_j>, left out by the skip rule: -inf
-//   sums       L_i = sum_j e^(s_ij - c), and L_j where columns are wanted too        1 GEMM, 1 exp
-//   gradient   g_ij = wa_i e^(s_ij - la_i) + wb_j e^(s_ij - lb_j),
-//              da_i += sum_j g_ij b_j,  db_j += sum_i g_ij a_i                       2-3 GEMMs
-//   mean       L_i and o_i += sum_j e^(s_ij - c) b_j                                 2 GEMMs, 1 exp
-//   sigmoid    log(1 + e^x_ij) with x = -(s + bias) on the diagonal, s + bias elsewhere,
-//              g_ij = w_i times its slope, da and db as above                        1-3 GEMMs, 1
-//              exp
-//   uel        a block of rows against all columns: two levels, see uel_body.h         2 GEMMs, 3
-//   exps
+//   sums: 1 GEMM, 1 exponential a pair
+//       L_i = sum_j e^(s_ij - c), and L_j where columns are wanted too
+//   gradient: 2 to 3 GEMMs
+//       g_ij = wa_i e^(s_ij - la_i) + wb_j e^(s_ij - lb_j)
+//       da_i += sum_j g_ij b_j, db_j += sum_i g_ij a_i
+//   mean: 2 GEMMs, 1 exponential
+//       L_i and o_i += sum_j e^(s_ij - c) b_j
+//   sigmoid: 1 to 3 GEMMs, 1 exponential
+//       log(1 + e^x_ij) with x = -(s + bias) on the diagonal, s + bias elsewhere;
+//       g_ij = w_i times its slope, da and db as above
+//   uel: 2 GEMMs, 4 exponentials
+//       a block of rows against all columns, in two levels: see uel_body.h
 //
 // With a known maximum (|s| <= bound, 2 bound + ln N within the range of the type) c is one
 // constant for all rows and columns: one exponential serves both directions, and partial sums add.
@@ -115,13 +118,13 @@ struct Norms {
   C* length;      // of the rows as they went into the sweep
 };
 
-// A row on its way back to the caller: g = gain * dz - share * (partner - own), own = z on the
-// sphere, then the Jacobian of the normalisation.
+// A row on its way back to the caller: g = gain * (weight * dz) - share * (partner - own), own = z
+// on the sphere, then the Jacobian of the normalisation.
 template <typename C>
 struct Back {
   const C *dz, *z, *partner;  // at the row's place in blocks; dz (0) and partner may be null
   std::int64_t block, block_of_partner;  // elements from one block to the next
-  C gain, share, inverse;
+  C weight, gain, share, inverse;
   bool on_sphere;
 };
 

@@ -148,7 +148,7 @@ static C packed_cosine(const C* a, std::int64_t block_of_a, const C* b, std::int
 template <typename C>
 CLAE_FAST_INLINE void before_jacobian(const Back<C>& b, std::int64_t block, int i, Vector<C>& g) {
   g = Vector<C>{};
-  if (b.dz != nullptr) g = b.gain * at(b.dz + block * b.block + i);
+  if (b.dz != nullptr) g = b.gain * (b.weight * at(b.dz + block * b.block + i));
   if (b.partner == nullptr) return;
   Vector<C> pull = at(b.partner + block * b.block_of_partner + i);
   if (b.on_sphere) pull -= at(b.z + block * b.block + i);

@@ -1,11 +1,13 @@
 // Which tiles are visited in which step, and by which task of it.
 //
 // Tasks of a step run at once and write different rows; steps follow one another. The order in
-// which a row meets its tiles follows from the sizes alone.
+// which a row meets its tiles follows from the sizes alone. The caller may pause between two tasks.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+
+#include "pairs.h"
 
 namespace clae_fast {
 
@@ -21,14 +23,13 @@ enum class Visit {
 struct Schedule {
   Visit visit = Visit::kRows;
   std::int64_t row_tiles = 0, col_tiles = 0;
-  std::int64_t group = 1;  // owners in a step of kRows and kColumns
 
   std::int64_t steps() const {
     switch (visit) {
       case Visit::kRows:
-        return (row_tiles + group - 1) / group;
+        return row_tiles == 0 ? 0 : 1;
       case Visit::kColumns:
-        return (col_tiles + group - 1) / group;
+        return col_tiles == 0 ? 0 : 1;
       case Visit::kRounds:
         return row_tiles == 0 || col_tiles == 0 ? 0 : std::max(row_tiles, col_tiles);
       case Visit::kSymmetric:  // the diagonal, then everyone against everyone
@@ -43,9 +44,9 @@ struct Schedule {
   std::int64_t tasks(std::int64_t step) const {
     switch (visit) {
       case Visit::kRows:
-        return std::min(group, row_tiles - step * group);
+        return row_tiles;
       case Visit::kColumns:
-        return std::min(group, col_tiles - step * group);
+        return col_tiles;
       case Visit::kRounds:
         return std::min(row_tiles, col_tiles);
       case Visit::kSymmetric:
@@ -63,10 +64,10 @@ struct Schedule {
   void run(std::int64_t step, std::int64_t task, const F& tile) const {
     switch (visit) {
       case Visit::kRows:
-        for (std::int64_t J = 0; J < col_tiles; ++J) tile(step * group + task, J);
+        for (std::int64_t J = 0; J < col_tiles; ++J) tile(task, J);
         return;
       case Visit::kColumns:
-        for (std::int64_t I = 0; I < row_tiles; ++I) tile(I, step * group + task);
+        for (std::int64_t I = 0; I < row_tiles; ++I) tile(I, task);
         return;
       case Visit::kRounds:
         if (row_tiles <= col_tiles) return tile(task, (task + step) % col_tiles);
@@ -97,5 +98,22 @@ struct Schedule {
     tile(std::min(first, second), std::max(first, second));
   }
 };
+
+// What an exponential costs, in operations of a product.
+template <typename C>
+constexpr double kExponential = sizeof(C) == sizeof(float) ? 40 : 2000;
+
+// Rows of a tile whose owner passes over all columns. Few rows are cut finer, so that every thread
+// has some, and so are costly ones, so that a pause is never far.
+inline std::int64_t owner_edge(std::int64_t rows, double work_of_row) {
+  std::int64_t edge = rows >= 1024 ? kEdge : rows >= 256 ? 64 : kPanel;
+  while (edge > kPanel && double(edge) * work_of_row > 2e10) edge /= 2;
+  return edge;
+}
+
+// Edge of square tiles.
+inline std::int64_t square_edge(std::int64_t rows) {
+  return rows >= 2048 ? kEdge : rows >= 128 ? 64 : kPanel;
+}
 
 }  // namespace clae_fast

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
-#include <chrono>
 #include <memory>
 #include <optional>
 
@@ -78,38 +77,42 @@ class Workspace {
   Block* block_;
 };
 
-// Runs a job from `step` on. Without memory a small job is run whole, in memory of its own; a
-// larger one answers with minus the bytes it needs. With memory it stops after the first step that
-// ends `pause_ms` or more after the call (the caller may then be interrupted) and answers with the
-// step to go on with, or 0 when it is done.
+// Runs a job from where `token` says. Without memory a small job is run whole, in memory of its
+// own; a larger one answers with minus the bytes it needs. With memory it stops between two tasks
+// once `pause_ms` have passed (the caller may then be interrupted) and answers with the token to go
+// on with, or 0 when it is done.
 template <typename C, typename Job>
 std::int64_t run_steps(Job& job, const std::optional<torch::stable::Tensor>& memory,
-                       std::int64_t step, std::int64_t pause_ms) {
-  constexpr double kSmall = 8e9;  // operations: 40 ms on two cores
-  const std::size_t bytes = job.bytes();
+                       std::int64_t token, std::int64_t pause_ms) {
+  constexpr double kSmall = 1e10;  // operations: a tenth of a second on one core
+  constexpr int kStepBits = 31;
+  Arena sizes;
+  job.place(sizes);
+  const std::size_t bytes = sizes.used() + 64;
   std::optional<Workspace> own;
   char* block = nullptr;
   if (memory.has_value()) {
-    STD_TORCH_CHECK(memory->is_contiguous() && memory->numel() >= std::int64_t(bytes + 64),
-                    "memory must be contiguous, with ", bytes + 64, " bytes");
+    STD_TORCH_CHECK(memory->is_contiguous() && memory->numel() >= std::int64_t(bytes),
+                    "memory must be contiguous, with ", bytes, " bytes");
     block = static_cast<char*>(memory->mutable_data_ptr());
   } else if (job.work() > kSmall) {
-    return -std::int64_t(bytes + 64);
+    return -std::int64_t(bytes);
   } else {
-    own.emplace(bytes + 64);
+    own.emplace(bytes);
     block = own->data();
   }
   block += (64 - reinterpret_cast<std::uintptr_t>(block) % 64) % 64;
-  job.use(block);
+  Arena arena(block);
+  job.place(arena);
+  std::int64_t step = token & ((std::int64_t(1) << kStepBits) - 1), task = token >> kStepBits;
   job.resume(step);
-  const Parallel<C> parallel;
-  const auto start = std::chrono::steady_clock::now();
+  using Clock = typename Parallel<C>::Clock;
+  const Parallel<C> parallel(memory.has_value() ? Clock::now() + std::chrono::milliseconds(pause_ms)
+                                                : Clock::time_point::max());
   while (step < job.steps()) {
-    job.run(step++, parallel);
-    const auto spent = std::chrono::steady_clock::now() - start;
-    if (memory.has_value() && step < job.steps() && spent >= std::chrono::milliseconds(pause_ms)) {
-      return step;
-    }
+    task = job.run(step, task, parallel);
+    if (task == 0) ++step;
+    if (step < job.steps() && parallel.late()) return step | task << kStepBits;
   }
   return 0;
 }

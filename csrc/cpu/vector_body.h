@@ -53,8 +53,8 @@ CLAE_FAST_INLINE C largest_of(const Vector<C>& v) {
 }
 
 // 2^y in y's place. y = n + f with |f| <= 1/2; 2^f by a polynomial of degree 6 (largest relative
-// error 8e-8 with its rounding), 2^n into the exponent. 2^-inf is 0, NaN stays, and so does what
-// overflows. Results below the smallest normal number are 0.
+// error 8e-8 with its rounding), 2^n into the exponent. 2^-inf is 0, what overflows is Inf
+// (of +Inf itself AVX-512 makes NaN), NaN stays. Results below the smallest normal number are 0.
 CLAE_FAST_INLINE void exp2_of(VectorFloat& y) {
   const VectorFloat zero = {};
 #if CLAE_FAST_VECTOR_BYTES == 64 && defined(__GNUC__)

@@ -17,30 +17,55 @@ static double uniform() {
   return double(state >> 33) / double(1u << 31) * 2 - 1;
 }
 
-// Runs every step with a fresh object, as a paused caller does.
-template <typename C, typename Make>
-static void run(const Make& make, Isa isa) {
-  auto job = make();
-  const std::size_t bytes = job.bytes();
-  std::unique_ptr<char[]> block(new char[bytes + 64]);
-  std::memset(block.get(), 0xff, bytes + 64);
-  char* memory = block.get() + (64 - reinterpret_cast<std::uintptr_t>(block.get()) % 64) % 64;
-  // Backwards: no task may depend on an earlier one of its step.
-  const auto parallel = [](std::int64_t n, double, const auto& f) {
-    struct alignas(64) Tile {
-      C data[kBuffer];
-    };
-    const std::unique_ptr<Tile> tile(new Tile);
+// Runs a step's tasks backwards (none may depend on an earlier one), or the first alone.
+template <typename C>
+struct Serial {
+  template <typename F>
+  void operator()(std::int64_t n, double, const F& f) const {
+    for (std::int64_t i = n - 1; i >= 0; --i) f(i, buffer());
+  }
+  template <typename F>
+  std::int64_t some(std::int64_t n, double work, std::int64_t first, const F& f) const {
+    if (!one_by_one) {
+      (*this)(n, work, f);
+      return 0;
+    }
+    f(first, buffer());
+    return first + 1 < n ? first + 1 : 0;
+  }
+  C* buffer() const {
     std::memset(static_cast<void*>(tile.get()), 0xff, sizeof(Tile));
-    for (std::int64_t i = n - 1; i >= 0; --i) f(i, tile->data);
+    return tile->data;
+  }
+
+  bool one_by_one;
+  struct alignas(64) Tile {
+    C data[kBuffer];
   };
-  for (std::int64_t step = 0;; ++step) {
+  std::unique_ptr<Tile> tile{new Tile};
+};
+
+// With a fresh object for every step and task, as a paused caller has, or for every step.
+template <typename C, typename Make>
+static void run(const Make& make, Isa isa, bool one_by_one = false) {
+  auto sized = make();
+  sized.use_isa(isa);
+  Arena sizes;
+  sized.place(sizes);
+  const std::size_t bytes = sizes.used() + 64;
+  const std::unique_ptr<char[]> block(new char[bytes]);
+  std::memset(block.get(), 0xff, bytes);
+  char* memory = block.get() + (64 - reinterpret_cast<std::uintptr_t>(block.get()) % 64) % 64;
+  const Serial<C> parallel{one_by_one};
+  for (std::int64_t step = 0, task = 0;;) {
     auto now = make();
     now.use_isa(isa);
-    now.use(memory);
+    Arena arena(memory);
+    now.place(arena);
     now.resume(step);
     if (step >= now.steps()) return;
-    now.run(step, parallel);
+    task = now.run(step, task, parallel);
+    if (task == 0) ++step;
   }
 }
 
@@ -81,7 +106,7 @@ static Matrix view(const std::vector<C>& x, std::int64_t rows) {
 template <typename C>
 static void contrast_truth(Form form, const std::vector<C>& q, const std::vector<C>& k,
                            std::int64_t B, std::int64_t D, double t, std::vector<double>& loss,
-                           std::vector<double>& gradient) {
+                           std::vector<double>& gradient, double& dscale) {
   std::vector<double> z(2 * B * D), inverse(2 * B);
   for (std::int64_t r = 0; r < 2 * B; ++r) {
     const C* x = r < B ? &q[r * D] : &k[(r - B) * D];
@@ -96,6 +121,7 @@ static void contrast_truth(Form form, const std::vector<C>& q, const std::vector
     return sum;
   };
   loss.clear();
+  dscale = 0;
   std::vector<double> dz(2 * B * D);
   const auto anchor = [&](std::int64_t row, std::int64_t positive, std::int64_t from,
                           std::int64_t to) {
@@ -113,6 +139,7 @@ static void contrast_truth(Form form, const std::vector<C>& q, const std::vector
       if (c == row) continue;
       const double e = std::exp(t * dot(row, c) - top);
       const double g = c == positive ? -negatives / all : e / all;
+      dscale += g * dot(row, c);
       for (std::int64_t d = 0; d < D; ++d) {
         dz[row * D + d] += t * g * z[c * D + d];
         dz[c * D + d] += t * g * z[row * D + d];
@@ -140,9 +167,12 @@ static void check_contrast(Isa isa, std::int64_t B, std::int64_t D, double t, do
   const std::vector<C> q = matrix<C>(B * D), k = matrix<C>(B * D);
   for (Form form : {Form::kNtXent, Form::kOneWay, Form::kTwoWay}) {
     std::vector<double> loss, gradient;
-    contrast_truth(form, q, k, B, D, t, loss, gradient);
+    double slope;
+    contrast_truth(form, q, k, B, D, t, loss, gradient, slope);
     std::vector<C> rows(loss.size(), C(NAN)), lse(2 * B), lse_col(B), dq(B * D, C(NAN)),
         dk(B * D, C(NAN)), dscale(1);
+    double loss_sum = 0;  // beside the slope, which may be next to nothing
+    for (double v : loss) loss_sum += v;
     for (int need = 0; need < 8; ++need) {
       const ContrastOutputs<C> out{rows.data(),
                                    lse.data(),
@@ -154,6 +184,8 @@ static void check_contrast(Isa isa, std::int64_t B, std::int64_t D, double t, do
       run<C>([&] { return Contrast<C>(form, view(q, B), view(k, B), nullptr, D, t, true, out); },
              isa);
       compare("loss", isa, doubles(rows), loss, tolerance);
+      if (need & 4)
+        compare("dscale", isa, {double(dscale[0]), loss_sum}, {slope, loss_sum}, tolerance);
       if (need & 1) {
         compare("dq", isa, doubles(dq), {gradient.begin(), gradient.begin() + B * D}, tolerance);
       }
@@ -181,7 +213,8 @@ static void check_bfloat16(Isa isa, std::int64_t B, std::int64_t D, double t) {
   const std::vector<BFloat16> q16 = halves(q), k16 = halves(k);
   for (Form form : {Form::kNtXent, Form::kOneWay, Form::kTwoWay}) {
     std::vector<double> loss, gradient;
-    contrast_truth(form, q, k, B, D, t, loss, gradient);
+    double slope;
+    contrast_truth(form, q, k, B, D, t, loss, gradient, slope);
     std::vector<float> rows(loss.size(), NAN), lse(2 * B), lse_col(B), dq(B * D, NAN),
         dk(B * D, NAN);
     const ContrastOutputs<float> out{rows.data(), lse.data(), lse_col.data(), dq.data(),
@@ -196,44 +229,77 @@ static void check_bfloat16(Isa isa, std::int64_t B, std::int64_t D, double t) {
   }
 }
 
-// The other operators, against the portable path.
+// One operator on inputs of another type: what the first type's results are compared with.
+template <typename C>
+struct Pairs {
+  std::vector<C> q, k, row_lse, row_weight, col_lse, col_weight;
+  std::vector<std::int32_t> row_ids, col_ids;
+  std::int64_t N, M, D;
+
+  template <typename W>
+  Pairs<W> as() const {
+    const auto wide = [](const std::vector<C>& x) { return std::vector<W>(x.begin(), x.end()); };
+    return {wide(q),
+            wide(k),
+            wide(row_lse),
+            wide(row_weight),
+            wide(col_lse),
+            wide(col_weight),
+            row_ids,
+            col_ids,
+            N,
+            M,
+            D};
+  }
+
+  std::vector<double> run_op(PairOp op, Skip skip, bool ids, double t, Isa isa) const {
+    const bool uel = op == PairOp::kUel;
+    std::vector<C> out(2 * N + N * D + M * D, C(0));
+    PairArguments<C> arg{op, view(q, N), uel ? view(q, N) : view(k, M), D, t, -0.5, 1.5, skip};
+    if (ids) arg.row_ids = row_ids.data();
+    if (ids) arg.col_ids = uel ? row_ids.data() : col_ids.data();
+    arg.row_weight = row_weight.data();
+    if (op == PairOp::kGrad) {
+      arg.row_lse = row_lse.data();
+      arg.col_lse = col_lse.data();
+      arg.col_weight = col_weight.data();
+    }
+    arg.rows = out.data();
+    arg.slope = out.data() + N;
+    if (op != PairOp::kLse) arg.dq = out.data() + 2 * N;
+    if (op == PairOp::kSigmoid) arg.dk = out.data() + 2 * N + N * D;
+    run<C>([&] { return PairSweep<C>(arg); }, isa, ids);
+    for (C& v : out) v = std::isinf(v) ? std::copysign(C(1), v) : v;
+    return doubles(out);
+  }
+};
+
+// The other operators: float against the portable path in double, which the tests of Python hold to
+// the specification, and double against that path.
 template <typename C>
 static void check_pairs(Isa isa, std::int64_t N, std::int64_t M, std::int64_t D, double t,
                         double tolerance) {
-  const std::vector<C> q = matrix<C>(N * D), k = matrix<C>(M * D);
-  std::vector<C> row_lse = matrix<C>(N), row_weight = matrix<C>(N), col_lse = matrix<C>(M),
-                 col_weight = matrix<C>(M);
-  for (C& v : row_lse) v += C(t);
-  for (C& v : col_lse) v += C(t);
-  std::vector<std::int32_t> row_ids(N), col_ids(M);
-  for (std::int64_t i = 0; i < N; ++i) row_ids[i] = std::int32_t(i % 5);
-  for (std::int64_t i = 0; i < M; ++i) col_ids[i] = std::int32_t(i % 7);
+  Pairs<C> pairs{matrix<C>(N * D),
+                 matrix<C>(M * D),
+                 matrix<C>(N),
+                 matrix<C>(N),
+                 matrix<C>(M),
+                 matrix<C>(M),
+                 {},
+                 {},
+                 N,
+                 M,
+                 D};
+  for (C& v : pairs.row_lse) v += C(t);
+  for (C& v : pairs.col_lse) v += C(t);
+  for (std::int64_t i = 0; i < N; ++i) pairs.row_ids.push_back(std::int32_t(i % 5));
+  for (std::int64_t i = 0; i < M; ++i) pairs.col_ids.push_back(std::int32_t(i % 7));
+  const Pairs<double> wide = pairs.template as<double>();
   for (PairOp op : {PairOp::kLse, PairOp::kGrad, PairOp::kMean, PairOp::kSigmoid, PairOp::kUel}) {
     for (Skip skip : {Skip::kNone, Skip::kDiagonal, Skip::kTwins}) {
       for (bool ids : {false, true}) {
-        std::vector<C> results[2];
-        for (int portable = 0; portable < 2; ++portable) {
-          const bool uel = op == PairOp::kUel;
-          std::vector<C> out(2 * N + N * D + M * D, C(0));
-          PairArguments<C> arg{op,  view(q, N), uel ? view(q, N) : view(k, M), D, t, -0.5,
-                               1.5, skip};
-          if (ids) arg.row_ids = row_ids.data();
-          if (ids) arg.col_ids = uel ? row_ids.data() : col_ids.data();
-          arg.row_weight = row_weight.data();
-          if (op == PairOp::kGrad) {
-            arg.row_lse = row_lse.data();
-            arg.col_lse = col_lse.data();
-            arg.col_weight = col_weight.data();
-          }
-          arg.rows = out.data();
-          arg.slope = out.data() + N;
-          if (op != PairOp::kLse) arg.dq = out.data() + 2 * N;
-          if (op == PairOp::kSigmoid) arg.dk = out.data() + 2 * N + N * D;
-          run<C>([&] { return PairSweep<C>(arg); }, portable ? Isa::kBaseline : isa);
-          for (C& v : out) v = std::isinf(v) ? C(1) : v;
-          results[portable] = out;
-        }
-        compare("pairs", isa, doubles(results[0]), doubles(results[1]), tolerance);
+        compare("pairs", isa, pairs.run_op(op, skip, ids, t, isa),
+                wide.run_op(op, skip, ids, t, Isa::kBaseline), tolerance);
       }
     }
   }
@@ -250,8 +316,10 @@ int main() {
           check_contrast<double>(isa, B, D, t, 1e-11);
           check_bfloat16(isa, B, D, t);
         }
-        check_pairs<float>(isa, 2 * B, B + 3, D, 1.3, 1e-5);
-        check_pairs<double>(isa, B, 2 * B, D, 1.3, 1e-12);
+        for (double t : {1.3, -2.0, 0.0}) {
+          check_pairs<float>(isa, 2 * B, B + 3, D, t, 1e-5);
+          check_pairs<double>(isa, B, 2 * B, D, t, 1e-12);
+        }
       }
     }
   }
