@@ -12,7 +12,7 @@ from . import validation as check
 from .backends import requested
 from .grad import leaf
 from .numerics import compute_dtype
-from .ops import raw
+from .ops import call
 
 Size = float | Tensor
 Bounds = tuple[Size, Size] | None
@@ -184,9 +184,9 @@ def sign_step(x: Tensor, grad: Tensor, x0: Tensor, step: Size, eps: Size, bounds
     """`sign_step` of the operators, with numbers or tensors."""
     sizes = [_split(value) for value in (step, eps, *(bounds or (None, None)))]
     (step_, _), (eps_, _), (low, _), (high, _) = sizes
-    return raw.sign_step(
-        x, grad, x0, step_ or 0.0, eps_ or 0.0, low, high, *(tensor for _, tensor in sizes),
-        backend=requested(None),
+    return call(
+        "sign_step", x, grad, x0, step_ or 0.0, eps_ or 0.0, low, high,
+        *(tensor for _, tensor in sizes), backend=requested(None),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .contrast_grad import contrast_grad
 from .numerics import as_given, compute_dtype, effective_scale, full_precision, to_raw, unit_rows
-from .ops import raw
+from .ops import call
 
 Need = Sequence[bool]
 Gradients = tuple[Tensor | None, ...]
@@ -119,9 +119,9 @@ def _contrast(
     o: ContrastOptions,
 ) -> Any:
     """The reduced loss, the log-sum-exps, and the gradients."""
-    return raw.contrast(
-        q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize, *need,
-        o.reduction, backend=o.backend,
+    return call(
+        "contrast", q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
+        *need, o.reduction, backend=o.backend,
     )  # fmt: skip
 
 
@@ -178,9 +178,10 @@ class _Contrast(torch.autograd.Function):
             grads: Sequence[Tensor | None]
             if o.reduction == "none":
                 lse_row, lse_col = saved[4:]
+                sweep = functools.partial(call, "pair_grad", backend=o.backend)
                 grads = contrast_grad(
                     q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
-                    lse_row, lse_col, g, need, functools.partial(raw.pair_grad, backend=o.backend),
+                    lse_row, lse_col, g, need, sweep,
                 )  # fmt: skip
             else:
                 scaled = iter([x * g for x in saved[4:]])
@@ -235,9 +236,9 @@ def _uel_rows(
     """
     dtype = compute_dtype(z_i.dtype)
     unit = (unit_rows if o.normalize else as_given)(torch.cat((z_i, z_j)).to(dtype))
-    rows, dq = raw.pair_uel(
-        unit.z, unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal, need_dq=need,
-        backend=o.backend,
+    rows, dq = call(
+        "pair_uel", unit.z, unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal,
+        need_dq=need, backend=o.backend,
     )  # fmt: skip
     if not need:
         return rows, dq, dq

@@ -104,10 +104,35 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "sign_step": lambda a: torch.empty_like(a.x),
 }
 
+_KERNELS = {op: _implementation(op) for op in SCHEMAS}
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema.replace("'", '"'))
-    _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
+    _library.impl(_op, _KERNELS[_op], "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake(_op), lib=_library)
 
 raw = getattr(torch.ops, NAMESPACE)
+_OPERATORS = {op: getattr(raw, op).default for op in SCHEMAS}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> Any:
+    """An operator by name; its kernel directly where nobody watches operators.
+
+    The dispatcher takes 20 to 30 us for so many arguments, a fifth of the time of a small loss.
+    """
+    run = _OPERATORS[op] if watched(*args) else _KERNELS[op]
+    return run(*args, **kwargs)
+
+
+def watched(*args: Any) -> bool:
+    """Compilers, modes, transforms, tracers, profilers, subclasses and meta see operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in args)
+    )

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clae_fast
-from clae_fast import available_backends, backends, nt_xent_loss, use_backend
+from clae_fast import available_backends, backends, nt_xent_loss, ops, use_backend
 from clae_fast.ops import SCHEMAS, raw
 
 
@@ -124,3 +126,45 @@ def test_environment(value, expected):
         check=True,
     )
     assert expected in out.stdout
+
+
+# ------------------------------------------------------------- the dispatcher, where it is wanted
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def pairs():
+    return torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+
+
+def test_an_operator_nobody_watches_takes_the_short_way(monkeypatch):
+    monkeypatch.setattr(ops, "_OPERATORS", {})
+    clae_fast.nt_xent_loss(*pairs()).backward()
+    clae_fast.uel_loss(*pairs(), reduction="none").sum().backward()
+
+
+def test_modes_and_profilers_see_the_operators():
+    with Seen() as seen:
+        clae_fast.nt_xent_loss(*pairs())
+    assert "clae_fast::contrast" in seen.names
+    with torch.profiler.profile() as profiler:
+        clae_fast.nt_xent_loss(*pairs())
+    assert "clae_fast::contrast" in {event.name for event in profiler.events()}
+
+
+def test_meta_and_subclasses_take_the_dispatcher():
+    z = torch.randn(4, 8, device="meta")
+    assert clae_fast.nt_xent_loss(z, z, reduction="none").shape == (8,)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.randn(4, 8))
+    assert ops.watched(fake)
+    assert ops.watched(torch.randn(2), z)
+    assert not ops.watched(torch.nn.Parameter(torch.randn(2)), None, "mean", 1.0)

@@ -13,7 +13,7 @@ FILES = ("test_operators.py", "test_cpp_pairs.py", "test_build.py")
 LEFT_OUT = (
     "memory_grows or ctrl_c or workers_of or instruction_set or sanitizers or opcheck or builds or "
     "tree or auto_ or cpu_fails or none_ or unknown_word or cuda_ or reasons_of or importing or "
-    "sdist or derivatives or two_python_threads"
+    "sdist or derivatives or two_python_threads or never_far"
 )
 
 

@@ -10,7 +10,8 @@
 //   one_way, dq alone   2 g in one sweep
 //   one_way, two_way    1 g sums + 1 to 2 g gradients; + 1 g where they are not kept
 //
-// Exponentials are kept of as many tiles as fit in 32 MB. Everything else is O(N D).
+// Exponentials are kept of as many tiles as fit in 32 MB, or of all where 1.5 (N + M) D elements
+// more are enough. Everything else is O(N D).
 //
 // A run is a number of steps: pack, first sweep, turn (log-sum-exps to weights), second sweep,
 // finish. Between two steps the caller may pause.
@@ -67,7 +68,8 @@ class Contrast {
     stored_tiles_ = 0;
     if (!two_phases()) return;
     const std::int64_t of_tile = row_edge_ * col_edge_, room = (std::int64_t(32) << 20) / sizeof(C);
-    stored_tiles_ = std::min(all_tiles(), room / of_tile);
+    const bool all = all_tiles() * of_tile <= room + (N + columns()) * width_ * 3 / 2;
+    stored_tiles_ = all ? all_tiles() : room / of_tile;
     stored_ = arena.take<C>(stored_tiles_ * of_tile);
     if (stored_tiles_ < all_tiles()) return;
     row_parts_ = arena.take<double>(a_.x.padded * tiles(columns(), col_edge_));
