@@ -50,6 +50,10 @@ def rows(B, D, M, dtype=torch.float32):
         ((300, 64, 127), 100.0),  # past the known range: running maxima
         ((2100, 8, 2300), 14.0),  # more tiles than are kept: two sweeps, in rounds
         ((2100, 8, 2300), 100.0),
+        ((2150, 128, 40), 14.0),  # nt_xent keeps all tiles, in room made for the gradient
+        ((2150, 128, 40), 100.0),
+        ((3000, 128, 40), 14.0),  # so does two_way
+        ((3000, 128, 40), 100.0),
     ],
 )
 def test_against_float64(form, shape, t):

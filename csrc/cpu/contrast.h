@@ -54,24 +54,28 @@ class Contrast {
   }
 
   void place(Arena& arena) {
+    const std::int64_t N = rows(), of_tile = row_edge_ * col_edge_;
+    const std::int64_t room = (std::int64_t(32) << 20) / sizeof(C);
+    const bool all = all_tiles() * of_tile <= room + (N + columns()) * width_ * 3 / 2;
+    stored_tiles_ = !two_phases() ? 0 : all ? all_tiles() : room / of_tile;
+    all_stored_ = stored_tiles_ > 0 && all;
+    const bool tight = all_stored_ && all_tiles() * of_tile > room;
+    using Gradient = typename Operand<C>::Gradient;
+    const auto where = [&](bool wanted) {
+      return !wanted ? Gradient::kNone : tight ? Gradient::kInPanels : Gradient::kOwn;
+    };
     sweep_.half = a_.first.kind == Kind::kBFloat16 && isa_ == Isa::kAvx512 && bf16_supported();
-    a_.place(arena, width_, want_a_, sweep_.half);
-    if (form_ != Form::kNtXent) b_.place(arena, width_, want_b_, sweep_.half);
-    if (queue_) positive_.place(arena, width_, false);
-    const std::int64_t N = rows();
+    a_.place(arena, width_, where(want_a_), sweep_.half);
+    if (form_ != Form::kNtXent) b_.place(arena, width_, where(want_b_), sweep_.half);
+    if (queue_) positive_.place(arena, width_, Gradient::kNone);
     cosine_ = arena.take<C>(batch_);
     losses_ = arena.take<C>(out_.reduced ? 2 * N : 0);
     row_share_ = arena.take<C>(N);
     col_share_ = arena.take<C>(form_ == Form::kTwoWay ? batch_ : 0);
     euler_ = arena.take<C>(out_.dscale == nullptr ? 0 : N);
     alarms_ = arena.take<C>(a_.panels() + b_.panels() + positive_.panels());
-    stored_tiles_ = 0;
-    if (!two_phases()) return;
-    const std::int64_t of_tile = row_edge_ * col_edge_, room = (std::int64_t(32) << 20) / sizeof(C);
-    const bool all = all_tiles() * of_tile <= room + (N + columns()) * width_ * 3 / 2;
-    stored_tiles_ = all ? all_tiles() : room / of_tile;
     stored_ = arena.take<C>(stored_tiles_ * of_tile);
-    if (stored_tiles_ < all_tiles()) return;
+    if (!all_stored_) return;
     row_parts_ = arena.take<double>(a_.x.padded * tiles(columns(), col_edge_));
     if (form_ == Form::kTwoWay) {
       col_parts_ = arena.take<double>(b_.x.padded * tiles(N, row_edge_));
@@ -160,9 +164,6 @@ class Contrast {
     return {visit, tiles(rows(), row_edge_), tiles(columns(), col_edge_)};
   }
 
-  static std::int64_t tiles(std::int64_t rows, std::int64_t edge) {
-    return (rows + edge - 1) / edge;
-  }
   std::int64_t all_tiles() const {
     const std::int64_t I = tiles(rows(), row_edge_), J = tiles(columns(), col_edge_);
     return sweep_.symmetric ? I * (I + 1) / 2 : I * J;
@@ -213,7 +214,7 @@ class Contrast {
     shift_ = double(sweep_.shift) / kLog2E;  // as it was rounded
     sweep_.stored = stored_;
     sweep_.stored_tiles = stored_tiles_;
-    kept_ = sweep_.known && stored_tiles_ > 0 && stored_tiles_ == all_tiles();
+    kept_ = sweep_.known && all_stored_;
     choose_visits();
     sweep_.row = a_.side(row_edge_);
     if (kept_) {
@@ -263,6 +264,9 @@ class Contrast {
   }
 
   void turn() {
+    for (const Operand<C>* operand : {&a_, &b_}) {
+      if (!kept_ && operand->in_panels()) operand->clear(0, operand->x.padded, width_);
+    }
     if (kept_) add_up(a_, row_parts_, first_.col_tiles);
     if (kept_ && form_ == Form::kTwoWay) add_up(b_, col_parts_, first_.row_tiles);
     const std::int64_t N = rows();
@@ -343,12 +347,14 @@ class Contrast {
       if (task >= I_tiles) {
         const std::int64_t J = task - I_tiles;
         if (!sweep_.col.wants(J)) return;
+        if (b_.in_panels()) b_.clear(sweep_.col.begin(J), sweep_.col.size(J), width_);
         for (std::int64_t I = 0; I < I_tiles; ++I) {
           gradient_tile(isa_, sweep_, I, J, false, true, buffer);
         }
         return give_rows(b_, sweep_.col.begin(J), sweep_.col.size(J));
       }
       if (!sweep_.row.wants(task)) return;
+      if (a_.in_panels()) a_.clear(sweep_.row.begin(task), sweep_.row.size(task), width_);
       for (std::int64_t J = 0; J < J_tiles; ++J) {
         if (sweep_.symmetric && J < task) {
           gradient_tile(isa_, sweep_, J, task, false, true, buffer);
@@ -396,7 +402,7 @@ class Contrast {
 
   Form form_;
   bool queue_, normalize_, want_a_ = false, want_b_ = false, want_any_ = false, mean_ = false,
-                           kept_ = false;
+                           all_stored_ = false, kept_ = false;
   std::int64_t width_, batch_, row_edge_ = 0, col_edge_ = 0, stored_tiles_ = 0;
   C scale_, alarm_ = 0;
   double shift_ = 0;

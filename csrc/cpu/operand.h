@@ -68,12 +68,17 @@ struct Operand {
   C *gradient = nullptr, *top = nullptr, *weight = nullptr;
   double* sum = nullptr;
 
-  void place(Arena& arena, std::int64_t width, bool with_gradient, bool half = false) {
+  // What the gradient is added up in. A sweep whose second phase needs no dot products has the
+  // memory of the panels for it, and clears it then.
+  enum class Gradient { kNone, kOwn, kInPanels };
+
+  void place(Arena& arena, std::int64_t width, Gradient where, bool half = false) {
     const std::int64_t rows = first.rows + second.rows, padded = round_up(rows, kPanel);
     x.rows = rows;
     x.padded = padded;
-    x.panels = arena.take<C>(padded * width);
-    x.blocks = arena.take<C>(padded * round_up(width, kPanel));
+    const std::int64_t whole = padded * round_up(width, kPanel);
+    x.panels = arena.take<C>(where == Gradient::kInPanels ? whole : padded * width);
+    x.blocks = arena.take<C>(whole);
     if (half) {
       x.half_panels = arena.take<std::uint32_t>(padded * ((width + 1) / 2));
       x.half_blocks = arena.take<std::uint32_t>(padded / 2 * round_up(width, kPanel));
@@ -84,7 +89,9 @@ struct Operand {
     sum = arena.take<double>(padded);
     top = arena.take<C>(padded);
     weight = arena.take<C>(padded);
-    gradient = with_gradient ? arena.take<C>(padded * round_up(width, kPanel)) : nullptr;
+    gradient = where == Gradient::kNone       ? nullptr
+               : where == Gradient::kInPanels ? x.panels
+                                              : arena.take<C>(whole);
   }
 
   // Packs 32 rows and clears what will be summed over them. Returns 0, or NaN where an element is
@@ -95,17 +102,22 @@ struct Operand {
       sum[i] = 0;
       top[i] = -C(INFINITY);
     }
-    if (gradient != nullptr) {
-      for (std::int64_t block = 0; block * kPanel < width; ++block) {
-        std::memset(gradient + (block * x.padded + begin) * kPanel, 0, kPanel * kPanel * sizeof(C));
-      }
-    }
+    if (gradient != nullptr && !in_panels()) clear(begin, kPanel, width);
     if constexpr (sizeof(C) == sizeof(double)) {
       return pack_as<double>(isa, begin, width, normalize);
     } else {
       if (first.kind == Kind::kBFloat16) return pack_as<BFloat16>(isa, begin, width, normalize);
       if (first.kind == Kind::kFloat16) return pack_as<Float16>(isa, begin, width, normalize);
       return pack_as<float>(isa, begin, width, normalize);
+    }
+  }
+
+  bool in_panels() const { return gradient != nullptr && gradient == x.panels; }
+
+  // Nothing is added up yet over these rows.
+  void clear(std::int64_t begin, std::int64_t count, std::int64_t width) const {
+    for (std::int64_t block = 0; block * kPanel < width; ++block) {
+      std::memset(gradient + (block * x.padded + begin) * kPanel, 0, count * kPanel * sizeof(C));
     }
   }
 

@@ -47,8 +47,9 @@ class PairSweep {
   }
 
   void place(Arena& arena) {
-    q_.place(arena, arg_.width, arg_.dq != nullptr);
-    k_.place(arena, arg_.width, arg_.dk != nullptr);
+    using Gradient = typename Operand<C>::Gradient;
+    q_.place(arena, arg_.width, arg_.dq != nullptr ? Gradient::kOwn : Gradient::kNone);
+    k_.place(arena, arg_.width, arg_.dk != nullptr ? Gradient::kOwn : Gradient::kNone);
     slope_ = arena.take<double>(arg_.op == PairOp::kSigmoid ? arg_.q.rows : 0);
     alarms_ = arena.take<C>(q_.panels() + k_.panels());
   }

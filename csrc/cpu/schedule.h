@@ -111,6 +111,8 @@ inline std::int64_t owner_edge(std::int64_t rows, double work_of_row) {
   return edge;
 }
 
+inline std::int64_t tiles(std::int64_t rows, std::int64_t edge) { return (rows + edge - 1) / edge; }
+
 // Edge of square tiles.
 inline std::int64_t square_edge(std::int64_t rows) {
   return rows >= 2048 ? kEdge : rows >= 128 ? 64 : kPanel;
