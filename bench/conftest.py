@@ -50,7 +50,9 @@ def device_of(name):
 
 def pytest_configure(config):
     path = config.getoption("--results")
-    if path is not None and (reason := unwritable_reason(path.absolute().parent)):
+    if path is not None and (
+        reason := "a folder" if path.is_dir() else unwritable_reason(path.absolute().parent)
+    ):
         raise pytest.UsageError(f"--results {path}: expected a file that can be written ({reason})")
     config.bench = Session(config)
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .contrast_grad import contrast_grad
 from .numerics import as_given, compute_dtype, effective_scale, full_precision, to_raw, unit_rows
-from .ops import call
+from .ops import call, raw
 
 Need = Sequence[bool]
 Gradients = tuple[Tensor | None, ...]
@@ -63,20 +64,28 @@ def _scale_grad(
 
 def _records_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd needs a node; raises where it could not be right."""
-    _refuse_transforms()
+    _refuse_transforms(tensors)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _refuse_transforms() -> None:
-    """torch.func.grad would raise obscurely, torch.func.jvp be silently 0; vmap is fine."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+def _refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
+    """torch.func.grad would raise obscurely, forward derivatives be silently 0; vmap is fine."""
+    if torch.compiler.is_compiling():
         return
-    functorch = torch._C._functorch
-    kinds = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
-    if any(level.key() in kinds for level in functorch.get_interpreter_stack() or ()):
+    if torch._C._are_functorch_transforms_active():
+        functorch = torch._C._functorch
+        kinds = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+        if any(level.key() in kinds for level in functorch.get_interpreter_stack() or ()):
+            raise RuntimeError(
+                "derivatives of torch.func are not supported by the fused losses: use "
+                'clae_fast.value_and_grad, or backend="reference", which supports them'
+            )
+    elif forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
         raise RuntimeError(
-            "derivatives of torch.func are not supported by the fused losses: use "
-            'clae_fast.value_and_grad, or backend="reference", which supports them'
+            "forward-mode derivatives are not supported by the fused losses: use "
+            'backend="reference", which supports them'
         )
 
 
@@ -178,7 +187,8 @@ class _Contrast(torch.autograd.Function):
             grads: Sequence[Tensor | None]
             if o.reduction == "none":
                 lse_row, lse_col = saved[4:]
-                sweep = functools.partial(call, "pair_grad", backend=o.backend)
+                # By the dispatcher: upstream weights may come in batches that only it sees.
+                sweep = functools.partial(raw.pair_grad.default, backend=o.backend)
                 grads = contrast_grad(
                     q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
                     lse_row, lse_col, g, need, sweep,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import _extension, cpp, cpp_pairs, reference
+from . import _extension, cpp, cpp_pairs, reference, triton_backend
 
 OPERATORS = tuple(reference.__all__)
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -37,6 +37,13 @@ def _load_cpp(op: str) -> Callable[..., Any]:
     return kernel
 
 
+def _load_triton(op: str) -> Callable[..., Any]:
+    kernel = triton_backend.load(op)
+    if isinstance(kernel, str):
+        raise Unavailable(kernel)
+    return kernel
+
+
 _CPP_PAIRS = tuple(op for op in OPERATORS if op != "sign_step")
 TABLE = (
     *(
@@ -45,6 +52,11 @@ TABLE = (
     ),
     Row("sign_step", "cpp", 10, functools.partial(_load_cpp, "sign_step"), cpp.sign_step_refusal),
     *(Row(op, "cpp", 10, functools.partial(_load_cpp, op), cpp_pairs.refusal) for op in _CPP_PAIRS),
+    # Behind the reference until a GPU has run it: it must be asked for by name.
+    *(
+        Row(op, "triton", -1, functools.partial(_load_triton, op), triton_backend.refusal)
+        for op in triton_backend.OPERATORS
+    ),
 )
 
 

@@ -121,7 +121,7 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
 
     The dispatcher takes 20 to 30 us for so many arguments, a fifth of the time of a small loss.
     """
-    run = _OPERATORS[op] if watched(*args) else _KERNELS[op]
+    run = _OPERATORS[op] if watched(*args, *kwargs.values()) else _KERNELS[op]
     return run(*args, **kwargs)
 
 
@@ -134,5 +134,9 @@ def watched(*args: Any) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in args)
+        or any(isinstance(x, Tensor) and not _is_plain(x) for x in args)
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN and not x.is_meta and not x._is_zerotensor()

@@ -1,12 +1,16 @@
 """Shared set-up: fixed seeds, names for the docstring examples."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 from torch import nn
 
 import clae_fast
+
+if not torch.cuda.is_available():  # before a test imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def test_the_best_that_can_run_is_chosen(fake):
     row = available_backends()["pair_lse"]
     assert row["cpp"] == "ok"
     assert row["cuda"] == "libfast.so is not there"
-    assert row["triton"] == "no kernel in this version"
+    assert available_backends()["sign_step"]["triton"] == "no kernel in this version"
 
 
 def test_a_forced_backend_says_why_not(fake):
@@ -70,12 +70,15 @@ def test_a_forced_backend_says_why_not(fake):
     for backend, reason in (
         ("cuda", "libfast.so is not there"),
         ("cpp", "cannot do 3 columns"),
-        ("triton", "no kernel for this operator"),
     ):
         with pytest.raises(
             RuntimeError, match=f"backend='{backend}' cannot run pair_lse: .*{reason}"
         ):
             raw.pair_lse(q, q[:3], 1.0, backend=backend)
+    with pytest.raises(
+        RuntimeError, match="'triton' cannot run sign_step: it has no kernel for this"
+    ):
+        raw.sign_step(q, q, q, 0.1, 0.1, backend="triton")
 
 
 def test_use_backend_nests_and_comes_back():

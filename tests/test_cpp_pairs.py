@@ -379,14 +379,15 @@ def test_what_the_operator_itself_refuses():
     q = torch.randn(4, 3)
     none = torch.empty(0)
 
-    def call(q, k, n=None, form=0, loss=None, memory=None):
+    def call(q, k, n=None, form=0, loss=None, memory=None, token=0):
         rows = torch.empty(8) if loss is None else loss
         return op(
             q, k, n, 1.0, form, True, 0, rows, torch.empty(8), none, none, none, none, none,
-            memory, 0, 100,
+            memory, token, 100,
         )  # fmt: skip
 
     assert call(q, q) == 0
+    memory = torch.zeros(1 << 16, dtype=torch.uint8)
     for message, args in (
         ("q and k must be alike", (q, q[:3])),
         ("q and k must be alike", (q, q.double())),
@@ -397,6 +398,10 @@ def test_what_the_operator_itself_refuses():
         ("loss must be contiguous", (q, q, None, 0, torch.empty(8, dtype=torch.float64))),
         ("memory must be contiguous", (q, q, None, 0, None, torch.empty(8, dtype=torch.uint8))),
         ("float32, float64, bfloat16 or float16", (q.int(), q.int())),
+        ("token must be 0 without memory", (q, q, None, 0, None, None, 1)),
+        ("from an earlier call", (q, q, None, 0, None, memory, 99)),
+        ("from an earlier call", (q, q, None, 0, None, memory, (-5 << 31) | 1)),
+        ("from an earlier call", (q, q, None, 0, None, memory, (5 << 31) | 1)),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(*args)

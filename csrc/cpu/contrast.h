@@ -236,7 +236,8 @@ class Contrast {
     const std::int64_t tiles = schedule.visit == Visit::kRows      ? schedule.col_tiles
                                : schedule.visit == Visit::kColumns ? schedule.row_tiles
                                                                    : 1;
-    const double of_tile = 2.0 * double(row_edge_) * double(col_edge_) * double(width_);
+    const double of_pair = 2.0 * double(width_) + kExponential<C>;
+    const double of_tile = of_pair * double(row_edge_) * double(col_edge_);
     return parallel.some(
         schedule.tasks(step), of_tile * double(tiles) * (task == Task::kSums ? 1 : 3), first,
         [&](std::int64_t i, C* buffer) {

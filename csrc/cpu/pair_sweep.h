@@ -72,9 +72,10 @@ class PairSweep {
       finish(parallel);
       return 0;
     }
-    const double work = schedule_.visit == Visit::kRows
-                            ? double(row_edge_) * work_of_row()
-                            : 6.0 * double(row_edge_) * double(col_edge_) * double(arg_.width);
+    const double work =
+        schedule_.visit == Visit::kRows
+            ? double(row_edge_) * work_of_row()
+            : (6.0 * double(arg_.width) + kExponential<C>)*double(row_edge_) * double(col_edge_);
     return parallel.some(schedule_.tasks(step - 1), work, first, [&](std::int64_t i, C* buffer) {
       if (arg_.op == PairOp::kUel) return uel(i, buffer);
       schedule_.run(step - 1, i, [&](std::int64_t I, std::int64_t J) { tile(I, J, buffer); });

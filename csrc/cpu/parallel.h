@@ -49,6 +49,8 @@ class Parallel {
   // not run, 0 if there is none.
   template <typename F>
   std::int64_t some(std::int64_t n, double work_of_one, std::int64_t first, const F& f) const {
+    STD_TORCH_CHECK(first >= 0 && (first == 0 || first < n),
+                    "token must come from an earlier call");
     if (first == 0 && deadline_ == Clock::time_point::max()) {
       (*this)(n, work_of_one, f);
       return 0;

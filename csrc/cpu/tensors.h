@@ -86,6 +86,7 @@ std::int64_t run_steps(Job& job, const std::optional<torch::stable::Tensor>& mem
                        std::int64_t token, std::int64_t pause_ms) {
   constexpr double kSmall = 1e10;  // operations: a tenth of a second on one core
   constexpr int kStepBits = 31;
+  STD_TORCH_CHECK(token == 0 || memory.has_value(), "token must be 0 without memory");
   Arena sizes;
   job.place(sizes);
   const std::size_t bytes = sizes.used() + 64;
@@ -106,6 +107,7 @@ std::int64_t run_steps(Job& job, const std::optional<torch::stable::Tensor>& mem
   job.place(arena);
   std::int64_t step = token & ((std::int64_t(1) << kStepBits) - 1), task = token >> kStepBits;
   job.resume(step);
+  STD_TORCH_CHECK(step < job.steps() && task >= 0, "token must come from an earlier call");
   using Clock = typename Parallel<C>::Clock;
   const Parallel<C> parallel(memory.has_value() ? Clock::now() + std::chrono::milliseconds(pause_ms)
                                                 : Clock::time_point::max());

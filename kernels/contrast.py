@@ -1,0 +1,216 @@
+"""The contrastive losses from raw embeddings, with the gradients of their sum or mean.
+
+Launches: rows onto the sphere, log-sum-exps, losses and weights, gradient sweeps, rows back. Work
+in GEMMs g of all pairs and sweeps of exponentials e (rows.py and the sweeps say who owns what):
+
+    nt_xent             1 g / 1 e for the sums, 2 g / 2 e for the gradient
+    one_way, dq alone   2 g / 1 e, as pair_mean
+    one_way, two_way    1 g / 1 e a direction for the sums, 2 g and 1 to 2 e for each gradient
+
+Saved between the launches: unit rows in the type of the input, and a few numbers a row.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import rows
+from ._launch import Pairs, launch
+from .pair_grad import row_gradient
+from .pair_lse import pair_lse
+from .pair_mean import pair_mean
+
+FORMS = ("nt_xent", "one_way", "two_way")
+
+
+class _Block(NamedTuple):
+    """How many whole rows a program takes, and the power of two that holds their width."""
+
+    BM: int
+    BD: int
+
+    @classmethod
+    def of(cls, width: int) -> "_Block":
+        BD = max(16, triton.next_power_of_2(width))
+        return cls(max(1, min(32, 4096 // BD)), BD)
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    form: str = "nt_xent",
+    normalize: bool = True,
+    need_dq: bool = False,
+    need_dk: bool = False,
+    need_dnegatives: bool = False,
+    need_dscale: bool = False,
+    reduction: str = "none",
+) -> tuple[Tensor, ...]:
+    """`reference.contrast`."""
+    if form not in FORMS:
+        raise ValueError(f"form must be 'nt_xent', 'one_way' or 'two_way', got {form!r}")
+    job = _Contrast(q, k, negatives, (scale, scale_tensor, reciprocal), form, normalize)
+    need_dnegatives = need_dnegatives and negatives is not None
+    gradient = need_dq or need_dk or need_dnegatives or need_dscale
+    job.sums(mean=form == "one_way" and (need_dq or need_dscale))
+    loss = job.losses()
+    factor = 1 / loss.numel() if reduction == "mean" else 1.0
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    grads: tuple[Tensor, ...] = tuple(job.new(0) for _ in range(4))
+    if gradient:
+        grads = job.gradients(need_dq, need_dk, need_dnegatives, need_dscale, factor)
+    return loss, job.lse, job.lse_col, *grads
+
+
+class _Contrast:
+    """One call: its operands, and what one launch leaves to the next."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        negatives: Tensor | None,
+        scaling: tuple[float, Tensor | None, bool],
+        form: str,
+        normalize: bool,
+    ) -> None:
+        dense = [None if x is None else x if x.stride(1) == 1 else x.contiguous()
+                 for x in (q, k, negatives)]  # fmt: skip
+        self.q, self.k, self.negatives = dense
+        self.scaling, self.form, self.normalize = scaling, form, normalize
+        self.scale = (float(scaling[0]), scaling[1])
+        self.B, self.D = q.shape
+        self.block = _Block.of(self.D)
+        z = q.new_empty((2 * self.B, self.D))
+        self.z, self.z_q, self.z_k = z, z[: self.B], z[self.B :]
+        self.cosine = self.new(self.B)
+        alarm = self.new(self.B)
+        self._rows(
+            rows.pairs, self.B, self.q, self.k, self.z_q, self.z_k, self.cosine, alarm, self.B,
+            self.q.stride(0), self.k.stride(0),
+        )  # fmt: skip
+        alarms = [alarm]
+        self.z_n = self.z_k
+        if self.negatives is not None:
+            M = len(self.negatives)
+            self.z_n, alarm = q.new_empty((M, self.D)), self.new(M)
+            self._rows(
+                rows.unit, M, self.negatives, self.z_n, alarm, M, self.negatives.stride(0)
+            )  # fmt: skip
+            alarms.append(alarm)
+        # A row with a NaN or Inf is NaN throughout once it is normalised.
+        self.alarm = None if normalize else torch.cat(alarms).sum()
+
+    def new(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def _rows(self, kernel: Any, count: int, *args: Any, **flags: Any) -> None:
+        grid = (triton.cdiv(count, self.block.BM),)
+        launch(kernel, grid, *args, self.D, *self.block, self.normalize, **flags)
+
+    # ------------------------------------------------------------------------------- the sums
+
+    def sums(self, mean: bool) -> None:
+        """The log-sum-exps; with `mean` also the mean of the keys, from the same sweep."""
+        self.lse_col, self.o = self.new(0), None
+        if self.form == "nt_xent":
+            self.lse = pair_lse(self.z, self.z, *self.scaling, "twins")
+            return
+        skip = "none" if self.negatives is not None else "diagonal"
+        if mean:
+            self.lse, self.o = pair_mean(self.z_q, self.z_n, *self.scaling, skip)
+        else:
+            self.lse = pair_lse(self.z_q, self.z_n, *self.scaling, skip)
+        if self.form == "two_way":
+            self.lse_col = pair_lse(self.z_k, self.z_q, *self.scaling, "diagonal")
+
+    def losses(self) -> Tensor:
+        """The loss of each row; the weights 1 - p of the positives stay here."""
+        two_way = self.form == "two_way"
+        self.r = torch.empty_like(self.lse)
+        loss = self.new(self.B, 2) if two_way else torch.empty_like(self.lse)
+        self._turn(self.lse, loss, self.r, 2 if two_way else 1)
+        self.r_other = self.r[self.B :] if self.form == "nt_xent" else None
+        if two_way:
+            self.r_other = torch.empty_like(self.lse_col)
+            self._turn(self.lse_col, loss[:, 1], self.r_other, 2)
+        return loss
+
+    def _turn(self, lse: Tensor, loss: Tensor, r: Tensor, apart: int) -> None:
+        N = len(lse)
+        launch(
+            rows.turn, (triton.cdiv(N, 128),), lse, self.cosine, self.alarm, loss, r, *self.scale,
+            N, self.B, apart, self.scaling[2], 128,
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------- the gradients
+
+    def _sweep(
+        self,
+        q: Tensor,
+        k: Tensor,
+        skip: str,
+        by_row: tuple[Tensor, Tensor] | None,
+        by_col: tuple[Tensor, Tensor] | None,
+        offset: int = 0,
+    ) -> Tensor:
+        pairs = Pairs(q, k, *self.scaling, skip, offset)
+        return row_gradient(pairs, *(by_row or (None, None)), *(by_col or (None, None)), False)
+
+    def gradients(
+        self, need_dq: bool, need_dk: bool, need_dn: bool, need_dscale: bool, factor: float
+    ) -> tuple[Tensor, ...]:
+        B, own_q, own_k = self.B, need_dq or need_dscale, need_dk
+        by_row, u_q, u_k = (self.lse, self.r), self.o, None
+        if self.form == "nt_xent":
+            own_k = need_dk or need_dscale
+            # One half at a time: the same bits whether or not the other half is wanted.
+            for half, wanted in ((0, own_q), (1, own_k)):
+                if wanted:
+                    part = slice(half * B, (half + 1) * B)
+                    mine = (self.lse[part], self.r[part])
+                    u = self._sweep(self.z[part], self.z, "twins", mine, by_row, half * B)
+                    u_q, u_k = (u, u_k) if half == 0 else (u_q, u)
+        elif self.form == "one_way":
+            if own_k and self.negatives is None:
+                u_k = self._sweep(self.z_k, self.z_q, "diagonal", None, by_row)
+        else:
+            by_col = (self.lse_col, self.r_other)
+            if own_q:
+                u_q = self._sweep(self.z_q, self.z_k, "diagonal", by_row, by_col)
+            if own_k:
+                u_k = self._sweep(self.z_k, self.z_q, "diagonal", by_col, by_row)
+        dq = self.new(B, self.D) if need_dq else None
+        dk = self.new(B, self.D) if need_dk else None
+        dscale = self.new(B) if need_dscale else None
+        if need_dq or need_dk or need_dscale:
+            self._rows(
+                rows.back, B, self.q, self.k, self.cosine, u_q, u_k,
+                None if self.o is None else self.r, self.r, self.r_other, dq, dk, dscale, factor,
+                *self.scale, B, self.q.stride(0), self.k.stride(0),
+                STACKED=self.form == "nt_xent", RECIPROCAL=self.scaling[2],
+            )  # fmt: skip
+        return (
+            self.new(0) if dq is None else dq,
+            self.new(0) if dk is None else dk,
+            self._negatives(by_row, factor) if need_dn else self.new(0),
+            self.new(0) if dscale is None else dscale.sum().reshape(1),
+        )
+
+    def _negatives(self, by_row: tuple[Tensor, Tensor], factor: float) -> Tensor:
+        assert self.negatives is not None
+        M = len(self.negatives)
+        u = self._sweep(self.z_n, self.z_q, "none", None, by_row)
+        dx = self.new(M, self.D)
+        self._rows(
+            rows.back_negatives, M, self.negatives, u, dx, factor, *self.scale, M,
+            self.negatives.stride(0), RECIPROCAL=self.scaling[2],
+        )  # fmt: skip
+        return dx

@@ -1,0 +1,116 @@
+"""Row gradient from saved log-sum-exps:
+`dq_i = t sum_j (row_weight_i e^(s_ij - row_lse_i) + col_weight_j e^(s_ij - col_lse_j)) k_j`.
+
+Work: 2 GEMMs, 1 to 2 exponentials a pair. A program owns BM rows, BD of the width and one part of
+the columns; past BD the similarities are made again for every BD of the output. No two programs add
+to one element; parts are added in their order: the same bits every run. Nothing is saved.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Pairs, launch
+from ._tile import (
+    LOG2E,
+    dots,
+    finite_or_zero,
+    leave_out,
+    load_rows,
+    product,
+    scale_of,
+    store_rows,
+    weighted_rows,
+)
+
+
+@triton.jit
+def _grad(
+    q_ptr, k_ptr, dq_ptr, row_lse_ptr, row_weight_ptr, col_lse_ptr, col_weight_ptr,
+    scale, scale_ptr, row_ids_ptr, col_ids_ptr,
+    N, M, offset, q_stride, k_stride, columns_of_part,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    part = tl.program_id(1)
+    at = tl.program_id(2) * BD + tl.arange(0, BD)
+    t = scale_of(scale, scale_ptr, RECIPROCAL)
+    if row_lse_ptr is not None:
+        lse = tl.load(row_lse_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        row_zero = finite_or_zero(lse) * LOG2E
+        row_weight = tl.load(row_weight_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    dq = tl.zeros((BM, BD), tl.float32)
+    if D <= BD:
+        q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    begin = part * columns_of_part
+    for j in range(begin, min(begin + columns_of_part, M), BN):
+        cols = j + tl.arange(0, BN)
+        k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
+        if D <= BD:
+            s = product(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), PRECISION)
+        else:
+            s = dots(
+                q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+            )  # fmt: skip
+        x = s * (t * LOG2E)
+        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        g = tl.zeros((BM, BN), tl.float32)
+        if row_lse_ptr is not None:
+            g += row_weight[:, None] * tl.exp2(x - row_zero[:, None])
+        if col_lse_ptr is not None:
+            lse = tl.load(col_lse_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
+            weight = tl.load(col_weight_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
+            g += weight[None, :] * tl.exp2(x - finite_or_zero(lse)[None, :] * LOG2E)
+        dq = weighted_rows(g, k, dq, PRECISION)
+    if SCALED:
+        dq = dq * t
+    first = part.to(tl.int64) * N
+    store_rows(dq_ptr, D, first + rows, first + N, at, dq, D)
+
+
+def row_gradient(
+    pairs: Pairs,
+    row_lse: Tensor | None,
+    row_weight: Tensor | None,
+    col_lse: Tensor | None,
+    col_weight: Tensor | None,
+    scaled: bool,
+) -> Tensor:
+    """The sum above, with or without the factor t; (N, D) in float32."""
+    by_row = (
+        (row_lse, row_weight) if row_lse is not None and row_weight is not None else (None,) * 2
+    )
+    by_col = (
+        (col_lse, col_weight) if col_lse is not None and col_weight is not None else (None,) * 2
+    )
+    config, N, D = pairs.config("gradient"), pairs.N, pairs.D
+    passes = triton.cdiv(D, config.BD)
+    parts, columns = pairs.split(config, passes)
+    dq = pairs.new(parts, N, D)
+    launch(
+        _grad, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, dq, *by_row, *by_col,
+        *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN, config.BD,
+        scaled, **pairs.flags, **config.run(),
+    )  # fmt: skip
+    return dq[0] if parts == 1 else dq.sum(0)
+
+
+def pair_grad(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    skip: str = "none",
+    offset: int = 0,
+    row_lse: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    col_lse: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> Tensor:
+    """`reference.pair_grad`."""
+    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids)
+    return row_gradient(pairs, row_lse, row_weight, col_lse, col_weight, scaled=True)

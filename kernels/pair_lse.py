@@ -1,0 +1,92 @@
+"""Log-sum-exp of each row over its allowed columns: `lse_i = log sum_j e^(s_ij)`.
+
+Work: 1 GEMM, 1 exponential a pair. A program owns BM rows and one part of the columns, and keeps
+their running maximum and sum; nothing is saved but these two numbers. With few rows the columns are
+split so that the card is full, and a second kernel adds the parts in their order: the same bits
+every run. Bytes: q once, k once for every BM rows.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Pairs, launch
+from ._tile import LOG2E, add_exponents, dots, leave_out, load_rows, log_of, product, scale_of
+
+
+@triton.jit
+def _lse(
+    q_ptr, k_ptr, lse_ptr, top_ptr, total_ptr, scale, scale_ptr, row_ids_ptr, col_ids_ptr,
+    N, M, offset, q_stride, k_stride, columns_of_part,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    part = tl.program_id(1)
+    t = scale_of(scale, scale_ptr, RECIPROCAL) * LOG2E
+    top = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    if D <= BD:
+        at = tl.arange(0, BD)
+        q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    begin = part * columns_of_part
+    for j in range(begin, min(begin + columns_of_part, M), BN):
+        cols = j + tl.arange(0, BN)
+        if D <= BD:
+            k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
+            s = product(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), PRECISION)
+        else:
+            s = dots(
+                q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+            )  # fmt: skip
+        x = leave_out(s * t, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        e, top, total, keep = add_exponents(x, top, total)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + rows, log_of(top, total), mask=rows < N)
+    else:
+        place = part.to(tl.int64) * N + rows
+        tl.store(top_ptr + place, top, mask=rows < N)
+        tl.store(total_ptr + place, total, mask=rows < N)
+
+
+@triton.jit
+def _combine(top_ptr, total_ptr, lse_ptr, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for part in range(PARTS):
+        here = tl.load(top_ptr + part * N + rows, mask=rows < N, other=-float("inf"))
+        top = tl.maximum(top, here)
+    zero = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        here = tl.load(top_ptr + part * N + rows, mask=rows < N, other=-float("inf"))
+        sums = tl.load(total_ptr + part * N + rows, mask=rows < N, other=0.0)
+        total += tl.where(here == -float("inf"), sums, sums * tl.exp2(here - zero))
+    tl.store(lse_ptr + rows, log_of(top, total), mask=rows < N)
+
+
+def pair_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    skip: str = "none",
+    offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> Tensor:
+    """`reference.pair_lse`."""
+    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids)
+    config, N = pairs.config("sums"), pairs.N
+    parts, columns = pairs.split(config)
+    lse = pairs.new(N)
+    top, total = (pairs.new(parts, N), pairs.new(parts, N)) if parts > 1 else (None, None)
+    launch(
+        _lse, (triton.cdiv(N, config.BM), parts), pairs.q, pairs.k,
+        lse if parts == 1 else None, top, total, *pairs.scale, *pairs.ids, *pairs.extents, columns,
+        pairs.D, config.BM, config.BN, config.BD, **pairs.flags, **config.run(),
+    )  # fmt: skip
+    if parts > 1:
+        launch(_combine, (triton.cdiv(N, 256),), top, total, lse, N, parts, 256)
+    return lse

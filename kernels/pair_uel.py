@@ -1,0 +1,213 @@
+"""UEL's two levels (reference/pair_uel.py) for stacked views q = k, keys constant.
+
+With `m = negative_weight` and `p_ij = e^(s_ij) / (e^(s_i+) + m sum_j e^(s_ij))`:
+
+    1. sums       lse_i over the negatives, and which of them is the largest      1 GEMM, 1 exp
+    2. losses     sums of log(1 - p), p and p / (1 - p) over all but that one;
+                  the row's loss, and the numbers that its gradient needs          1 GEMM, 1 exp
+    3. gradient   sum_j g_ij k_j                                                  2 GEMMs, 1 exp
+
+Only the largest negative can have p > 1/2, where 1 - p cancels: its complement is summed without
+it. A program owns BM rows, in sweep 3 also BD of the width, and passes over all columns: the same
+bits every run. Saved between the sweeps: seven numbers a row.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..numerics import alarm
+from ._launch import Pairs, launch
+from ._tile import (
+    LN2,
+    LOG2E,
+    add_exponents,
+    dots,
+    finite_or_zero,
+    leave_out,
+    load_rows,
+    scale_of,
+    softplus_and_sigmoid,
+    store_rows,
+    weighted_rows,
+)
+
+
+@triton.jit
+def _first_largest(x, cols, top, index):
+    """The largest of each row so far, and its column; the first of equal ones."""
+    here = tl.max(x, 1)
+    at = tl.min(tl.where(x == here[:, None], cols[None, :], 2147483647), 1)
+    return tl.where(here > top, at, index)
+
+
+@triton.jit
+def _sums(
+    q_ptr, k_ptr, log_z_ptr, index_ptr, margin_ptr, log_m, scale, scale_ptr, row_ids_ptr,
+    col_ids_ptr, N, M, offset, q_stride, k_stride,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    t = scale_of(scale, scale_ptr, RECIPROCAL)
+    top = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    index = tl.full((BM,), -1, tl.int32)
+    for j in range(0, M, BN):
+        cols = j + tl.arange(0, BN)
+        s = dots(q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION)
+        x = s * (t * LOG2E)
+        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        index = _first_largest(x, cols, top, index)
+        e, top, total, keep = add_exponents(x, top, total)
+    lse = tl.where(total == 0.0, -float("inf"), (finite_or_zero(top) + tl.log2(total)) * LN2)
+    twin = tl.where(rows < M // 2, rows + M // 2, rows - M // 2)
+    positive = tl.zeros((BM,), tl.float32)
+    for d in range(0, D, BD):
+        at = d + tl.arange(0, BD)
+        q = load_rows(q_ptr, q_stride, rows, N, at, D, BD).to(tl.float32)
+        k = load_rows(k_ptr, k_stride, twin, M, at, D, BD).to(tl.float32)
+        positive += tl.sum(q * k, 1)
+    positive = positive * t
+    margin = lse + log_m - positive
+    softplus, slope = softplus_and_sigmoid(margin)
+    tl.store(log_z_ptr + rows, positive + softplus, mask=rows < N)
+    tl.store(margin_ptr + rows, margin, mask=rows < N)
+    tl.store(index_ptr + rows, index, mask=rows < N)
+
+
+@triton.jit
+def _losses(
+    q_ptr, k_ptr, log_z_ptr, index_ptr, margin_ptr, loss_ptr, below_ptr, odds_ptr, m, log_m, log_m1,
+    scale, scale_ptr, row_ids_ptr, col_ids_ptr, N, M, offset, q_stride, k_stride,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    t = scale_of(scale, scale_ptr, RECIPROCAL)
+    log_z = tl.load(log_z_ptr + rows, mask=rows < N, other=0.0)
+    index = tl.load(index_ptr + rows, mask=rows < N, other=-1)
+    margin = tl.load(margin_ptr + rows, mask=rows < N, other=0.0)
+    small = tl.zeros((BM,), tl.float32)
+    below = tl.zeros((BM,), tl.float32)
+    x_top = tl.full((BM,), 0.0, tl.float32)
+    top = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for j in range(0, M, BN):
+        cols = j + tl.arange(0, BN)
+        s = dots(q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION)
+        x = s * t - log_z[:, None]
+        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        is_top = cols[None, :] == index[:, None]
+        x_top += tl.sum(tl.where(is_top, x, 0.0), 1)
+        x = tl.where(is_top, -float("inf"), x)
+        p = tl.exp(x)
+        # p <= 1/2 here, up to rounding: 1 - p keeps its digits
+        small += tl.sum(_log1m(p), 1)
+        below += tl.sum(p / (1.0 - p), 1)
+        e, top, total, keep = add_exponents(x * LOG2E, top, total)
+    lse_rest = tl.where(total == 0.0, -float("inf"), (finite_or_zero(top) + tl.log2(total)) * LN2)
+    x_top = tl.where(index < 0, -float("inf"), x_top)
+    softplus, slope = softplus_and_sigmoid(margin)
+    # log(1 - p_top): small too, or the positive, the other negatives and m - 1 of itself
+    a, b, c = -softplus, lse_rest + log_m, x_top + log_m1
+    most = finite_or_zero(tl.maximum(a, tl.maximum(b, c)))
+    rest = most + tl.log(tl.exp(a - most) + tl.exp(b - most) + tl.exp(c - most))
+    large = x_top > -LN2
+    log_rest = tl.where(large, rest, _log1m(tl.where(large, 0.0, tl.exp(x_top))))
+    tl.store(loss_ptr + rows, softplus - m * (small + log_rest), mask=rows < N)
+    tl.store(below_ptr + rows, below, mask=rows < N)
+    tl.store(odds_ptr + rows, x_top - log_rest, mask=rows < N)
+
+
+@triton.jit
+def _log1m(p):
+    """log(1 - p) for 0 <= p <= 1/2 with all its digits."""
+    u = 1.0 - p
+    return tl.where(u == 1.0, -p, tl.log(u) * (p / tl.where(u == 1.0, 1.0, 1.0 - u)))
+
+
+@triton.jit
+def _gradient(
+    q_ptr, k_ptr, log_z_ptr, index_ptr, margin_ptr, below_ptr, odds_ptr, dq_ptr, row_weight_ptr, m,
+    scale, scale_ptr, row_ids_ptr, col_ids_ptr, N, M, offset, q_stride, k_stride,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, M_IS_ONE: tl.constexpr,
+    PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    at = tl.program_id(1) * BD + tl.arange(0, BD)
+    t = scale_of(scale, scale_ptr, RECIPROCAL)
+    log_z = tl.load(log_z_ptr + rows, mask=rows < N, other=0.0)
+    index = tl.load(index_ptr + rows, mask=rows < N, other=-1)
+    margin = tl.load(margin_ptr + rows, mask=rows < N, other=0.0)
+    below = tl.load(below_ptr + rows, mask=rows < N, other=0.0)
+    log_odds = tl.load(odds_ptr + rows, mask=rows < N, other=0.0)
+    dq = tl.zeros((BM, BD), tl.float32)
+    for j in range(0, M, BN):
+        cols = j + tl.arange(0, BN)
+        k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
+        s = dots(q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION)
+        x = s * t - log_z[:, None]
+        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        is_top = cols[None, :] == index[:, None]
+        p = tl.exp(x)
+        odds = tl.where(is_top, 0.0, p / (1.0 - p))
+        # The odds of the top one may overflow; with a small p they stay in the exponent.
+        of_top = tl.exp(x + log_odds[:, None])
+        of_top = tl.where(x == -float("inf"), 0.0, of_top)
+        of_top = tl.where(is_top, 0.0 if M_IS_ONE else (m - 1.0) * of_top, m * of_top)
+        inner = 2.0 - (m - 1.0) * odds - m * (below[:, None] - odds)
+        g = m * (p * inner - of_top)
+        dq = weighted_rows(g, k, dq, PRECISION)
+    softplus, slope = softplus_and_sigmoid(margin)
+    odds_of_positive = tl.where(index < 0, 0.0, tl.exp(log_odds - softplus))
+    g_positive = slope + m * (below * tl.exp(-softplus) + odds_of_positive)
+    twin = tl.where(rows < M // 2, rows + M // 2, rows - M // 2)
+    k = load_rows(k_ptr, k_stride, twin, M, at, D, BD).to(tl.float32)
+    dq = (dq - g_positive[:, None] * k) * t
+    if row_weight_ptr is not None:
+        row_weight = tl.load(row_weight_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        dq = dq * row_weight[:, None]
+    store_rows(dq_ptr, D, rows, N, at, dq, D)
+
+
+def pair_uel(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    negative_weight: float,
+    scale_tensor: Tensor | None = None,
+    reciprocal: bool = False,
+    row_weight: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    need_dq: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`reference.pair_uel`."""
+    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, "twins", 0, row_ids, col_ids)
+    N, D, m = pairs.N, pairs.D, float(negative_weight)
+    log_m, log_m1 = math.log(m), math.log(m - 1) if m > 1 else -math.inf
+    sums, gradient = pairs.config("sums"), pairs.config("gradient")
+    log_z, margin, loss, below, odds = (pairs.new(N) for _ in range(5))
+    index = q.new_empty(N, dtype=torch.int32)
+    blocks = (triton.cdiv(N, sums.BM),)
+    shared = (*pairs.scale, *pairs.ids, *pairs.extents, D)
+    of_sums = (sums.BM, sums.BN, sums.BD)
+    options = {**pairs.flags, **sums.run()}
+    saved = (log_z, index, margin)
+    launch(_sums, blocks, pairs.q, pairs.k, *saved, log_m, *shared, *of_sums, **options)
+    launch(
+        _losses, blocks, pairs.q, pairs.k, *saved, loss, below, odds, m, log_m, log_m1, *shared,
+        *of_sums, **options,
+    )  # fmt: skip
+    dq = pairs.new(N, D) if need_dq else pairs.new(0)
+    if need_dq:
+        launch(
+            _gradient, (triton.cdiv(N, gradient.BM), triton.cdiv(D, gradient.BD)), pairs.q,
+            pairs.k, *saved, below, odds, dq, row_weight, m, *shared, gradient.BM, gradient.BN,
+            gradient.BD, m == 1, **pairs.flags, **gradient.run(),
+        )  # fmt: skip
+    return loss + alarm(q, k), dq

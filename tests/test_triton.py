@@ -1,0 +1,269 @@
+"""The Triton kernels, run on the CPU by Triton's interpreter, against the float64 specification.
+
+The interpreter's float32-to-bfloat16 store truncates, where a GPU rounds: bfloat16 limits are twice
+those of the design.
+"""
+
+import functools
+import importlib
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from dense import error
+from torch._subclasses import FakeTensorMode
+
+from clae_fast import nt_xent_loss, reference, triton_backend, uel_loss, use_backend, value_and_grad
+from clae_fast.ops import raw
+
+pytestmark = pytest.mark.skipif(
+    not triton_backend.interpreted(), reason="a GPU is here: tests of the GPU run the kernels"
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One row; odd; several tiles of 32, several chunks of the width, and the columns split.
+SHAPES = [(1, 2, 3), (9, 10, 5), (33, 140, 70)]
+SKIPS = ["none", "diagonal", "diagonal+2", "twins", "ids", "twins+ids"]
+GRADIENT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def operands(N, M, D, dtype, skip="none"):
+    q, k = torch.randn(N, D).to(dtype), torch.randn(M, D).to(dtype)
+    rule, _, extra = skip.partition("+")
+    options = {}
+    if rule in ("diagonal", "twins"):
+        options = {"skip": rule, "offset": int(extra) if extra.isdigit() else 0}
+    if "ids" in skip:
+        options |= {
+            "row_ids": torch.arange(N, dtype=torch.int32) % 3,
+            "col_ids": torch.arange(M, dtype=torch.int32) % 4,
+        }
+    return q, k, options
+
+
+def truth(op, *args, **kwargs):
+    """The specification in float64, on what the kernel was given."""
+
+    def wide(x):
+        floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+        return x.double() if floating else x
+
+    named = {name: wide(x) for name, x in kwargs.items()}
+    return getattr(reference, op)(*(wide(x) for x in args), **named)
+
+
+def both(op, *args, **kwargs):
+    out = getattr(raw, op)(*args, **kwargs, backend="triton")
+    expected = truth(op, *args, **kwargs)
+    return (out, expected) if isinstance(out, tuple) else ((out,), (expected,))
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lse_and_mean(skip, shape, dtype):
+    q, k, options = operands(*shape, dtype, skip)
+    (lse,), (expected,) = both("pair_lse", q, k, 0.7, **options)
+    assert torch.equal(lse == -math.inf, expected == -math.inf)
+    assert error(lse[lse.isfinite()], expected[lse.isfinite()]) < 2e-6
+    (again, o), (_, mean) = both("pair_mean", q, k, 0.7, **options)
+    assert error(again[lse.isfinite()], expected[lse.isfinite()]) < 2e-6
+    assert error(o, mean) < GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("given", ["rows", "columns", "both", "neither"])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_grad(skip, given, shape, dtype):
+    q, k, options = operands(*shape, dtype, skip)
+    if given in ("rows", "both"):
+        lse = reference.pair_lse(q.float(), k.float(), 0.7, **options)
+        options = options | {"row_lse": lse, "row_weight": torch.randn(len(q))}
+    if given in ("columns", "both"):
+        options = options | {"col_lse": torch.randn(len(k)) + 5, "col_weight": torch.rand(len(k))}
+    (dq,), (expected,) = both("pair_grad", q, k, 0.7, **options)
+    assert error(dq, expected) < GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 9, 5), (70, 33, 40)])
+def test_sigmoid(with_ids, need, shape, dtype):
+    q, k, options = operands(*shape, dtype, "ids" if with_ids else "none")
+    out, expected = both(
+        "pair_sigmoid", q, k, 0.7, -1.5, **options, row_weight=torch.rand(len(q)),
+        bias_tensor=torch.tensor(0.25), need_dq=need[0], need_dk=need[1],
+    )  # fmt: skip
+    for got, ref, limit in zip(
+        out, expected, (2e-6, 2e-5, GRADIENT[dtype], GRADIENT[dtype]), strict=True
+    ):
+        assert error(got, ref) < limit
+
+
+@pytest.mark.parametrize("m", [1.0, 2.5])
+@pytest.mark.parametrize("t", [2.0, 15.0, 80.0])
+@pytest.mark.parametrize("shape", [(2, 4), (10, 5), (70, 40)])
+def test_uel(m, t, shape, dtype):
+    q = torch.nn.functional.normalize(torch.randn(shape), dim=1).to(dtype)
+    weight = torch.rand(len(q))
+    (loss, dq), (expected, dq_ref) = both(
+        "pair_uel", q, q, t, m, row_weight=weight, need_dq=True
+    )  # fmt: skip
+    plain = reference.pair_uel(q.float(), q.float(), t, m, row_weight=weight, need_dq=True)
+    assert error(loss, expected) < max(2e-6, 1e-7 * t, 3 * error(plain[0], expected))
+    assert error(dq, dq_ref) < max(GRADIENT[dtype], 3 * error(plain[1], dq_ref))
+
+
+FORMS = ["nt_xent", "one_way", "queue", "two_way"]
+NEEDS = [
+    (False, False, False, False),
+    (True, False, False, False),
+    (False, True, False, False),
+    (False, False, True, False),
+    (False, False, False, True),
+    (True, True, True, True),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("need", NEEDS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4, 3), (5, 3, 7), (40, 33, 70)])
+def test_contrast(form, need, normalize, shape, dtype):
+    B, D, M = shape
+    q, k, n = (torch.randn(rows, D).to(dtype) for rows in (B, B, M))
+    negatives, form = (n, "one_way") if form == "queue" else (None, form)
+    t = 3.0 if normalize else 0.5
+    for reduction in ("none", "mean", "sum"):
+        out, expected = both(
+            "contrast", q, k, negatives, t, None, False, form, normalize, *need, reduction
+        )
+        # unit rows are rounded to the type of the input
+        rounded = 2e-6 if dtype == torch.float32 or not normalize else GRADIENT[dtype]
+        for got, ref, limit in zip(
+            out, expected, [rounded] * 3 + [GRADIENT[dtype]] * 4, strict=True
+        ):
+            if got.numel() and ref.isfinite().all():
+                # dscale is a sum that nearly cancels: against its largest terms
+                assert error(got, ref, floor=1.0 if got.numel() == 1 else 1e-6) < limit
+            assert got.shape == ref.shape
+
+
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_scale_by_pointer(reciprocal):
+    q, k, _ = operands(9, 10, 5, torch.float32)
+    for value in (torch.tensor([4.0]), torch.tensor(4.0, dtype=torch.float64)):
+        (lse,), (expected,) = both("pair_lse", q, k, 2.0, value, reciprocal)
+        assert error(lse, expected) < 2e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("form", ["nt_xent", "one_way", "two_way"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nan_and_inf_are_seen(bad, form, normalize):
+    q, k = torch.randn(6, 5), torch.randn(6, 5)
+    k[2, 3] = bad
+    loss = raw.contrast(q, k, None, 2.0, form=form, normalize=normalize, reduction="mean",
+                        backend="triton")[0]  # fmt: skip
+    assert not loss.isfinite()
+
+
+def test_zero_rows_and_strides():
+    """A zero vector normalises to zero and has gradient 0; rows may lie apart, or be transposed."""
+    q, k = torch.randn(12, 10)[::2, :5], torch.randn(5, 6).T
+    q[1] = 0
+    out, expected = both("contrast", q, k, None, 3.0, None, False, "nt_xent", True, True, True)
+    assert error(out[0], expected[0]) < 2e-6
+    assert error(out[3], expected[3]) < 2e-5
+    assert (out[3][1] == 0).all()
+
+
+def test_nothing_allowed():
+    q, k = torch.randn(3, 4), torch.randn(2, 4)
+    ids = {"row_ids": torch.zeros(3, dtype=torch.int32), "col_ids": torch.zeros(2).int()}
+    lse, o = raw.pair_mean(q, k, 1.0, **ids, backend="triton")
+    assert (lse == -math.inf).all()
+    assert (o == 0).all()
+    assert (raw.pair_lse(q, k[:0], 1.0, backend="triton") == -math.inf).all()
+
+
+def test_losses_and_gradients_through_it():
+    z_i, z_j = torch.randn(12, 8), torch.randn(12, 8)
+    for loss in (nt_xent_loss, uel_loss, functools.partial(nt_xent_loss, reduction="sum")):
+        with use_backend("triton"):
+            value, grads = value_and_grad(loss)(z_i, z_j)
+        with use_backend("reference"):
+            expected, refs = value_and_grad(loss)(z_i.double(), z_j.double())
+        assert error(value, expected) < 2e-6
+        for got, ref in zip(grads, refs, strict=True):
+            assert error(got, ref) < 2e-5
+
+
+def test_the_same_bits_twice():
+    q, k, _ = operands(33, 300, 70, torch.float32)
+    first = raw.contrast(q, q + 1, k, 3.0, form="one_way", need_dq=True, need_dnegatives=True,
+                         backend="triton")  # fmt: skip
+    again = raw.contrast(q, q + 1, k, 3.0, form="one_way", need_dq=True, need_dnegatives=True,
+                         backend="triton")  # fmt: skip
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------- host side
+
+
+CALLS = {
+    "pair_lse": lambda f, q, k: f(q, k, 0.7, skip="twins"),
+    "pair_mean": lambda f, q, k: f(q, k, 0.7),
+    "pair_grad": lambda f, q, k: f(q, k, 0.7, row_lse=q[:, 0], row_weight=q[:, 0]),
+    "pair_sigmoid": lambda f, q, k: f(q, k, 0.7, -1.0, need_dq=True, need_dk=True),
+    "pair_uel": lambda f, q, k: f(q, q, 0.7, 1.0, need_dq=True),
+    "contrast": lambda f, q, k: f(q, q, k, 0.7, form="one_way", need_dq=True, need_dk=True,
+                                  need_dnegatives=True, need_dscale=True, reduction="mean"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", triton_backend.OPERATORS)
+def test_launches_with_fake_tensors(op, dtype):
+    """Every launch binds its kernel's arguments; shapes and dtypes are the operator's own."""
+    host = getattr(importlib.import_module(f"clae_fast.kernels.{op}"), op)
+    with FakeTensorMode():
+        q, k = (torch.empty(n, 40, dtype=dtype) for n in (50, 600))
+        got = CALLS[op](host, q, k)
+        expected = CALLS[op](getattr(raw, op), q, k)
+    got, expected = (x if isinstance(x, tuple) else (x,) for x in (got, expected))
+    for a, b in zip(got, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_refusals():
+    q = torch.randn(4, 3)
+    for x, why in (
+        (q.double(), "it knows float32, bfloat16 and float16, the embeddings are torch.float64"),
+        (torch.randn(2, 2049), "at most 2048 elements a row, the embeddings have 2049"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            raw.pair_lse(x, x, 1.0, backend="triton")
+    with pytest.raises(ValueError, match="skip must be 'none'.*got 'self'"):
+        raw.pair_lse(q, q, 1.0, skip="self", backend="triton")
+    with pytest.raises(ValueError, match="form must be 'nt_xent'.*got 'clip'"):
+        raw.contrast(q, q, None, 1.0, form="clip", backend="triton")
+
+
+def test_without_a_gpu_triton_is_not_imported():
+    code = (
+        "import sys, torch, clae_fast; z = torch.randn(4, 3); clae_fast.nt_xent_loss(z, z); "
+        "print(clae_fast.available_backends()['contrast']['triton'], 'triton' in sys.modules)"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    assert out.startswith("no GPU here")
+    assert out.strip().endswith("False")
