@@ -113,7 +113,8 @@ def test_loss(case, bench, benchmark):
     benchmark.group = f"{shape.name} ({shape.loss}), {mode}"
     record = {
         "kind": "loss", "shape": shape.name, "loss": shape.loss, "rows": shape.rows,
-        "columns": shape.columns, "width": shape.width, "mode": mode, "provider": name,
+        "columns": shape.columns, "width": shape.width,
+        "dtype": str(shape.dtype).removeprefix("torch."), "mode": mode, "provider": name,
     }  # fmt: skip
     bench.records.append(record)
     key = (mode, name)
@@ -131,7 +132,7 @@ def test_loss(case, bench, benchmark):
     REPLAY.play(benchmark, times)
     seconds = statistics.median(times)
     # Work that no plan can do without: S and G Z (two sides of S for a loss over two sets).
-    gemms = 1 if mode == "forward" else 2 if shape.loss == "nt_xent" or shape.queue else 3
+    gemms = 1 if mode == "forward" else 2 if shape.stacked or shape.queue else 3
     rate = gemms * shape.gemm_flops / seconds
     record |= {
         "seconds": seconds, "rounds": len(times), "gflops": rate / 1e9,

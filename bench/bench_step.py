@@ -13,7 +13,7 @@ from clae_fast.pretraining.config import VARIANTS
 from clae_fast.pretraining.data import ImageData
 from clae_fast.pretraining.step_cost import step_costs
 
-BATCH = 32
+BATCH, PIXELS = 32, 32
 CASES = [(method, variant) for method in ("simclr", "plain") for variant in VARIANTS]
 
 
@@ -21,7 +21,7 @@ def measure(bench, method):
     if method in bench.measured:
         return bench.measured[method]
     g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (4 * BATCH, 3, 32, 32), generator=g, dtype=torch.uint8)
+    images = torch.randint(0, 256, (4 * BATCH, 3, PIXELS, PIXELS), generator=g, dtype=torch.uint8)
     labels = torch.zeros(len(images), dtype=torch.int64)
     data = ImageData("noise", images, labels, images, labels, (0.5,) * 3, (0.25,) * 3)
     config = {"method": method, "data": "cifar10", "encoder": "resnet18-cifar", "workers": 0,
@@ -39,6 +39,7 @@ def test_step(method, variant, bench, benchmark):
     benchmark.group = f"training step, {method}, ResNet-18, batch {BATCH}"
     record = {
         "kind": "step", "method": method, "variant": variant, "seconds": cost.seconds,
+        "encoder": "resnet18-cifar", "batch": BATCH, "pixels": PIXELS, "rounds": len(cost.rounds),
         "forwards": cost.forwards, "times_baseline": cost.ratio,
         "times_as_fast_as_published": statistics.median(
             p / o for p, o in zip(costs["published"].rounds, cost.rounds, strict=True)

@@ -23,6 +23,9 @@ def pytest_addoption(parser):
     )
 
 
+MOST_THREADS = 1024  # PyTorch would try, and run out of memory
+
+
 class Session:
     """What all benchmarks share; `records` goes to the results file, `notes` to the summary."""
 
@@ -31,8 +34,10 @@ class Session:
         self.quick = config.getoption("--quick")
         threads = config.getoption("--threads")
         if threads is not None:
-            if threads < 1:
-                raise pytest.UsageError(f"--threads {threads}: expected a number of at least 1")
+            if not 1 <= threads <= MOST_THREADS:
+                raise pytest.UsageError(
+                    f"--threads {threads}: expected a number from 1 to {MOST_THREADS}"
+                )
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
         self.records, self.notes, self.measured = [], [], {}
@@ -48,6 +53,7 @@ def device_of(name):
     return name
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads its options
 def pytest_configure(config):
     path = config.getoption("--results")
     if path is not None and (
@@ -55,6 +61,8 @@ def pytest_configure(config):
     ):
         raise pytest.UsageError(f"--results {path}: expected a file that can be written ({reason})")
     config.bench = Session(config)
+    if config.bench.quick:
+        config.option.benchmark_quiet = True  # no table of times
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +72,7 @@ def bench(request):
 
 def pytest_report_header(config):
     bench = config.bench
-    lines = [f"clae_fast bench on {bench.facts['machine']}, {bench.threads} threads"]
-    return lines + [f"not measured: {name}: {why}" for name, why in missing(bench.device).items()]
+    return f"clae_fast bench on {bench.facts['machine']}, {bench.threads} threads"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -81,10 +88,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.bench.notes:
-        terminalreporter.section("clae_fast bench")
-        for note in dict.fromkeys(config.bench.notes):
-            terminalreporter.write_line(note)
+    bench = config.bench
+    terminalreporter.section("clae_fast bench")
+    if bench.quick:
+        terminalreporter.write_line("--quick looks at correctness; its times say nothing.")
+    for name, why in missing(bench.device).items():
+        terminalreporter.write_line(f"not measured: {name}: {why}")
+    for note in dict.fromkeys(bench.notes):
+        terminalreporter.write_line(note)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from shapes import Shape
 from torch import Tensor
 
-from clae_fast import reference
+from clae_fast import reference, uel_loss
 
 FULL_UP_TO = 4096  # rows of S; above, the gradients of 256 of them are looked at
 SAMPLE = 256
@@ -27,7 +27,7 @@ def inputs(shape: Shape, seed: int = 0, device: str = "cpu") -> list[Tensor]:
     found = [q, k]
     if shape.queue:
         found.append(torch.randn(shape.queue, shape.width, generator=g))
-    return [x.to(device) for x in found]
+    return [x.to(device, shape.dtype) for x in found]
 
 
 def gradients(loss: Callable[..., Tensor], xs: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
@@ -45,11 +45,12 @@ class Errors(NamedTuple):
     gradient: float | None  # the larger of ||dq - truth|| / ||truth|| and the same of dk
 
     def wrong(self, shape: Shape) -> str | None:
-        """What is off by more than float32 explains, or None."""
-        limit = max(2e-6, 1e-7 / shape.temperature)
+        """What is off by more than the dtype explains, or None."""
+        half = shape.dtype in (torch.float16, torch.bfloat16)
+        limit = GRADIENT_LIMIT[shape.dtype] if half else max(2e-6, 1e-7 / shape.temperature)
         if not self.loss <= limit:
             return f"loss error {self.loss:.1e}, allowed {limit:.0e}"
-        limit = GRADIENT_LIMIT[torch.float32]
+        limit = GRADIENT_LIMIT[shape.dtype]
         if self.gradient is not None and not self.gradient <= limit:
             return f"gradient error {self.gradient:.1e}, allowed {limit:.0e}"
         return None
@@ -85,7 +86,13 @@ class Truth:
 
 def _truth(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[float, Tensor, Tensor]:
     """The mean loss, and those rows of dq and dk, by the pair operators of the specification: all
-    log-sum-exps, then the rows alone."""
+    log-sum-exps, then the rows alone. UEL, whose operator is no sum of them: autograd through the
+    specification.
+    """
+    if shape.loss == "uel":
+        loss = functools.partial(uel_loss, temperature=shape.temperature, backend="reference")
+        value, grads = gradients(loss, xs)
+        return float(value), *(x[rows] for x in grads if x is not None)
     t, B = 1 / shape.temperature, shape.pairs
     q, k, *n = (F.normalize(x, dim=1) for x in xs)
     cos = (q * k).sum(1)

@@ -42,8 +42,8 @@ class Provider(NamedTuple):
 
 
 def dense(shape: Shape) -> Loss:
-    """The formula in plain PyTorch, as one would write it today."""
-    t = 1 / shape.temperature
+    """The formula in plain PyTorch, as one would write it today; half precision in float32."""
+    t, half = 1 / shape.temperature, shape.dtype in (torch.float16, torch.bfloat16)
 
     def nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
         z = F.normalize(torch.cat((z_i, z_j)), dim=1)
@@ -65,9 +65,18 @@ def dense(shape: Shape) -> Loss:
         target = torch.arange(len(x), device=x.device)
         return (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
 
-    if shape.queue:
-        return queue
-    return {"nt_xent": nt_xent, "info_nce": info_nce, "clip": clip}[shape.loss]
+    def uel(z_i: Tensor, z_j: Tensor) -> Tensor:
+        z = F.normalize(torch.cat((z_i, z_j)), dim=1)
+        s = (z @ z.detach().T) * t
+        s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+        log_p, rows = F.log_softmax(s, dim=1), torch.arange(len(z), device=z.device)
+        twins = rows.roll(len(z) // 2)
+        others = torch.log1p(-log_p.exp()).index_put((rows, twins), log_p.new_zeros(()))
+        return -(log_p[rows, twins] + others.sum(1)).mean()
+
+    losses: dict[str, Loss] = {"nt_xent": nt_xent, "info_nce": info_nce, "uel": uel, "clip": clip}
+    loss = queue if shape.queue else losses[shape.loss]
+    return (lambda *xs: loss(*(x.float() for x in xs))) if half else loss
 
 
 def _eager(shape: Shape, device: str) -> Loss:
@@ -98,7 +107,8 @@ def _linear_cross_entropy(shape: Shape, device: str) -> Loss | None:
 
 
 def _ours(backend: str, shape: Shape, device: str) -> Loss | None:
-    state = clae_fast.available_backends()["contrast"][backend]
+    operator = "pair_uel" if shape.loss == "uel" else "contrast"
+    state = clae_fast.available_backends()[operator][backend]
     if state != "ok":
         raise NotHere(state)
     if (backend == "cpp") != (device == "cpu") and backend != "reference":
@@ -110,7 +120,12 @@ def _ours(backend: str, shape: Shape, device: str) -> Loss | None:
         return functools.partial(
             clae_fast.clip_loss, logit_scale=1 / shape.temperature, normalize=True, **options
         )
-    function = clae_fast.nt_xent_loss if shape.loss == "nt_xent" else clae_fast.info_nce_loss
+    functions: dict[str, Loss] = {
+        "nt_xent": clae_fast.nt_xent_loss,
+        "info_nce": clae_fast.info_nce_loss,
+        "uel": clae_fast.uel_loss,
+    }
+    function = functions[shape.loss]
     return functools.partial(function, temperature=shape.temperature, **options)
 
 
@@ -249,6 +264,7 @@ PROVIDERS = (
 PROBES = (
     Shape("probe-nt_xent", "nt_xent", 4, 128),
     Shape("probe-info_nce", "info_nce", 4, 128),
+    Shape("probe-uel", "uel", 4, 128),
     Shape("probe-clip", "clip", 4, 128),
 )
 

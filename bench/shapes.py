@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Shape(NamedTuple):
     """`pairs` embeddings of `width` on each side; `queue` shared negatives (info_nce only).
@@ -13,18 +15,24 @@ class Shape(NamedTuple):
     """
 
     name: str
-    loss: str  # nt_xent, info_nce or clip
+    loss: str  # nt_xent, info_nce, uel or clip
     pairs: int
     width: int
     temperature: float = 0.1
     queue: int = 0
     noise: float = 1.0
     quick: bool = False
+    dtype: torch.dtype = torch.float32
 
     @property
     def rows(self) -> int:
         """Rows of the similarity matrix."""
-        return 2 * self.pairs if self.loss == "nt_xent" else self.pairs
+        return 2 * self.pairs if self.stacked else self.pairs
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the rows are both views, one above the other."""
+        return self.loss in ("nt_xent", "uel")
 
     @property
     def columns(self) -> int:
@@ -38,6 +46,7 @@ class Shape(NamedTuple):
 
 # The goals are stated for the rows of NT-Xent at D = 128.
 SHAPES = (
+    Shape("simclr-64", "nt_xent", 32, 128),
     Shape("simclr-128", "nt_xent", 64, 128, quick=True),
     Shape("simclr-256", "nt_xent", 128, 128),
     Shape("cifar-simclr-512", "nt_xent", 256, 128, quick=True),
@@ -47,7 +56,9 @@ SHAPES = (
     Shape("simclr-2048-d64", "nt_xent", 1024, 64),
     Shape("simclr-2048-d512", "nt_xent", 1024, 512),
     Shape("simclr-2048-d768", "nt_xent", 1024, 768),
+    Shape("simclr-2048-bf16", "nt_xent", 1024, 128, dtype=torch.bfloat16),
     Shape("clae-plain-128", "info_nce", 128, 128, quick=True),
+    Shape("clae-uel-256", "uel", 128, 128, quick=True),
     Shape("queue-65536", "info_nce", 256, 128, temperature=0.07, queue=65536),
     Shape("clip-256-d512", "clip", 256, 512, temperature=0.07, quick=True),
     Shape("clip-2048-d512", "clip", 2048, 512, temperature=0.07),

@@ -2,8 +2,10 @@
 
 `B` pairs, `N` rows, `M` columns, `D` width; `cos(a, b) = <a, b> / (|a| |b|)`, or `<a, b>` with
 `normalize=False`. All losses accept float16, bfloat16, float32 and float64 embeddings; half
-precision is computed in float32, gives a float32 loss and gradients in its own dtype. Memory grows
-as N x D, never as N x M.
+precision is computed in float32, gives a float32 loss and gradients in its own dtype; those of a
+mean over many rows can underflow float16 (below 6e-8 they are 0): scale the loss before the
+backward as `torch.amp.GradScaler` does, or use `reduction="sum"`. Memory grows as N x D, never as
+N x M.
 """
 
 import functools
@@ -124,7 +126,7 @@ def nt_xent_loss(
         z_i: (B, D) embeddings of the first views.
         z_j: (B, D) embeddings of the second views, same dtype and device.
         temperature: positive number, or a one-element float tensor, which gets its gradient if it
-            requires one and is never read on the host.
+            requires one; its value is not checked, as that would wait for a GPU (0 gives NaN).
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first, in the same pass.
         backend: None (the best there is), or as in `use_backend`.

@@ -35,8 +35,8 @@ def value_and_grad(
         positional input: its gradient, in its shape and dtype, or None where none was asked for.
 
     Raises:
-        ValueError: from the call, for a loss that is not a scalar (`reduction="none"`) or argnums
-            that name no floating-point tensor.
+        ValueError: for argnums that name no input; from the call, for a loss that is not a scalar
+            (`reduction="none"`) or argnums that name no floating-point tensor.
         RuntimeError: under `torch.inference_mode`, for a callable that needs autograd.
 
     Example:
@@ -74,6 +74,8 @@ def _argnums(argnums: int | Sequence[int] | None) -> tuple[int, ...] | None:
     chosen: tuple[Any, ...] = (argnums,)
     if isinstance(argnums, Sequence):
         chosen = tuple(argnums)
+    if not chosen:
+        raise ValueError(f"argnums must name at least one input, got {argnums!r}")
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
         raise TypeError(f"argnums must be an int, a sequence of ints or None, got {argnums!r}")
     return chosen

@@ -19,7 +19,10 @@ BENCH = ROOT / "bench"
 def bench():
     """The modules of bench/, which import each other by their bare names."""
     sys.path.insert(0, str(BENCH))
-    names = ("shapes", "gate", "providers", "timing", "report", "replay")
+    names = (
+        "shapes", "gate", "providers", "timing", "replay", "goals", "results_file", "plots",
+        "report",
+    )  # fmt: skip
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(BENCH))
     for name in names:
@@ -48,10 +51,12 @@ def test_quick_runs_and_every_gradient_is_right(quick, bench):
     for record in result["records"]:
         assert "wrong" not in record, record
         assert record["loss_error"] < 2e-6
+        assert record["dtype"] == "float32"
         assert (record["gradient_error"] is None) is (record["mode"] == "forward")
         assert record["seconds"] > 0
         assert record["gemm_gflops"] > 1
     assert result["quick"]
+    assert "Mean" not in text  # times of --quick say nothing
     for name in ("torch", "commit", "machine", "threads"):
         assert result["provenance"][name]
     for name, why in result["missing"].items():
@@ -155,7 +160,8 @@ def test_ours_is_held_to_the_same(ours, fused, mode, tmp_path, bench):
     ("words", "says"),
     [
         (["--device", "tpu"], "--device tpu: expected cpu or cuda"),
-        (["--threads", "0"], "--threads 0: expected a number of at least 1"),
+        (["--threads", "0"], "--threads 0: expected a number from 1 to 1024"),
+        (["--threads", "100000"], "--threads 100000: expected a number from 1 to 1024"),
         (["--results", "/proc/nope/x.json"], "--results /proc/nope/x.json: expected a file"),
     ],
 )
@@ -170,7 +176,7 @@ def test_wrong_options_are_one_line(words, says):
     )
 
 
-@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip", "queue"])
+@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "uel", "clip", "queue"])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_truth_of_the_gate(loss, sampled, bench, monkeypatch):
     """Against autograd of the dense formula in float64, whole and by sampled rows."""
@@ -233,6 +239,27 @@ def test_what_the_report_refuses(quick, bench, tmp_path):
     path.write_text(json.dumps(result))
     with pytest.raises(report.ReportError, match="expected a whole run; --quick"):
         report.load(path)
+    for damage, says in (
+        (lambda r: r.pop("gemm_n"), "no gemm_n"),
+        (lambda r: r.update(records={}), "records must be a list"),
+        (lambda r: r["provenance"].pop("commit"), "provenance has no commit"),
+        (lambda r: r["records"].append(3), r"record \d+ is of no known kind"),
+        (lambda r: r["records"][0].pop("rows"), r"record 0 \(loss\) has no rows"),
+        (lambda r: r["records"][0].pop("seconds"), r"record 0 \(loss\) has no seconds"),
+    ):
+        damaged = json.loads(json.dumps(result))
+        damage(damaged)
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(report.ReportError, match=rf"^{path}: expected results of .*{says}"):
+            report.load(path)
+    path.write_text(json.dumps(result | {"quick": False}))  # as `-k` leaves it
+    before = (ROOT / "README.md").read_bytes()
+    ran = subprocess.run(
+        [sys.executable, BENCH / "report.py", path], capture_output=True, text=True
+    )
+    assert ran.returncode == 2
+    assert "expected a whole run (it lacks simclr-64, simclr-256," in ran.stderr
+    assert (ROOT / "README.md").read_bytes() == before
     ran = subprocess.run(
         [sys.executable, BENCH / "report.py", tmp_path / "nope.json"],
         capture_output=True,
@@ -241,6 +268,41 @@ def test_what_the_report_refuses(quick, bench, tmp_path):
     assert ran.returncode == 2
     assert ran.stderr.startswith("report.py: error: ")
     assert ran.stderr.count("\n") == 1
+
+
+def test_goals_are_met_or_missed_by_so_much(bench):
+    def loss(shape, mode, provider, seconds, **more):
+        record = {"kind": "loss", "shape": shape, "mode": mode, "provider": provider}
+        return record | {"seconds": seconds, "times_as_fast_as": {}} | more
+
+    ours, way = "clae_fast-cpp", "forward+backward"
+    against = {"eager": [1, 2.4, 3], "peer": [0.5, 0.9, 1], "clae_fast-reference": [0, 0.1, 1]}
+    records = [
+        loss("simclr-128", way, ours, 1.0, times_as_fast_as=against),
+        loss("simclr-128", way, "eager", 2.4),
+        loss("simclr-128", way, "compiled", 2.0),
+        loss("simclr-8192", way, ours, 1.0),
+        loss("simclr-8192", way, "eager", 3.0),
+        loss("simclr-64", "value_and_grad", ours, 1.0, share_of_forward_backward=0.7),
+        loss("clip", "value_and_grad", ours, 1.0, share_of_forward_backward=1.004),
+        {"kind": "growth", "peak_bytes_65536": 200e6},
+        {"kind": "step", "method": "plain", "variant": "exact", "times_as_fast_as_published": 1.2},
+    ]
+    found = {goal.what: f"{goal.wish()}: {goal}" for goal in bench["goals"].goals(records, ours)}
+    own = "`value_and_grad` against our own forward + backward"
+    assert found == {
+        "simclr-128, against the better of eager and compiled": (
+            "at least 2.5x: **2.00x, missed by 20 %**"
+        ),
+        "simclr-8192, against the better of eager and compiled": "at least 3x: 3.00x, met",
+        "never slower; least: simclr-128, peer": "at least 1x: **0.90x, missed by 10 %**",
+        f"{own}, simclr-64": "at most 0.8x: 0.70x, met",
+        f"{own}, most: clip": "at most 1x: **1.00x, missed by 0.4 %**",
+        "65,536 rows, memory beyond the inputs": "at most 300 MB: 200 MB, met",
+        "exact training step against the published one, plain": (
+            "at least 1.5x: **1.20x, missed by 20 %**"
+        ),
+    }
 
 
 def test_the_readme_holds_the_committed_results(bench):

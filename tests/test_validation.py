@@ -267,6 +267,7 @@ def test_clae_step(args, options, error, says):
         (lambda: cf.value_and_grad(3), TypeError, "^loss_fn must be callable, got int"),
         (lambda: cf.value_and_grad(scalar, "0"), TypeError, "^argnums must be"),
         (lambda: cf.value_and_grad(scalar, 1.5), TypeError, "^argnums must be"),
+        (lambda: cf.value_and_grad(scalar, ()), ValueError, r"^argnums must name .*got \(\)"),
         (lambda: cf.value_and_grad(cf.NTXentLoss), TypeError, "^loss_fn must be .* instance"),
         (lambda: cf.value_and_grad(cf.nt_xent_loss)(z_i=z, z_j=z), ValueError, "^inputs must hold"),
         (lambda: cf.NTXentLoss(normalize="x"), TypeError, "^normalize must be True or False"),

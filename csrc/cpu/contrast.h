@@ -17,8 +17,6 @@
 // finish. Between two steps the caller may pause.
 #pragma once
 
-#include <limits>
-
 #include "contrast_parts.h"
 #include "schedule.h"
 
@@ -55,7 +53,7 @@ class Contrast {
 
   void place(Arena& arena) {
     const std::int64_t N = rows(), of_tile = row_edge_ * col_edge_;
-    const std::int64_t room = (std::int64_t(32) << 20) / sizeof(C);
+    const std::int64_t room = room_ / std::int64_t(sizeof(C));
     const bool all = all_tiles() * of_tile <= room + (N + columns()) * width_ * 3 / 2;
     stored_tiles_ = !two_phases() ? 0 : all ? all_tiles() : room / of_tile;
     all_stored_ = stored_tiles_ > 0 && all;
@@ -86,7 +84,10 @@ class Contrast {
   // Of all steps, in operations of a product, roughly.
   double work() const { return double(rows()) * work_of_row(); }
 
+  // For tests: instruction sets and modes that the machine and the size would not choose.
   void use_isa(Isa isa) { isa_ = isa; }
+  void use_room(std::int64_t bytes) { room_ = bytes; }
+  int mode() const { return !all_stored_ ? 0 : a_.in_panels() || b_.in_panels() ? 1 : 2; }
 
   // After a pause, with another object and the same memory: what earlier steps left in the former.
   void resume(std::int64_t step) {
@@ -105,7 +106,7 @@ class Contrast {
     } else if (step < turn_step()) {
       return sweep(first_, mean_ ? Task::kMean : Task::kSums, step - 1, first, parallel);
     } else if (step == turn_step()) {
-      turn();
+      turn(parallel);
       aim();
     } else if (step < finish_step()) {
       return sweep(second_, Task::kGradient, step - turn_step() - 1, first, parallel);
@@ -253,20 +254,17 @@ class Contrast {
         });
   }
 
-  // The log-sum-exp of a row or column, and what turns sigmoid into the sweep's weight.
-  C log_sum(const Operand<C>& operand, std::int64_t i) const {
-    const double sum = operand.sum[i];
-    if (sum == 0) return -std::numeric_limits<C>::infinity();
-    const double zero = sweep_.known ? shift_ : double(operand.top[i]);
-    return C(std::log(sum) + zero);
-  }
-  C weight(const Operand<C>& operand, std::int64_t i, C share) const {
-    return operand.sum[i] == 0 ? C(0) : C(double(share) / operand.sum[i]);
+  C log_sum_of(const Operand<C>& operand, std::int64_t i) const {
+    return log_sum<C>(operand.sum[i], sweep_.known ? shift_ : double(operand.top[i]));
   }
 
-  void turn() {
+  // Runs whole, as `finish` does: a pause inside would clear what was added up, or give it twice.
+  template <typename Parallel>
+  void turn(const Parallel& parallel) {
     for (const Operand<C>* operand : {&a_, &b_}) {
-      if (!kept_ && operand->in_panels()) operand->clear(0, operand->x.padded, width_);
+      if (kept_ || !operand->in_panels()) continue;
+      parallel(operand->panels(), 0.25 * kPanel * double(width_),
+               [&](std::int64_t panel, C*) { operand->clear(panel * kPanel, kPanel, width_); });
     }
     if (kept_) add_up(a_, row_parts_, first_.col_tiles);
     if (kept_ && form_ == Form::kTwoWay) add_up(b_, col_parts_, first_.row_tiles);
@@ -275,16 +273,16 @@ class Contrast {
     const std::int64_t apart = form_ == Form::kTwoWay ? 2 : 1;
     C* losses = out_.reduced ? losses_ : out_.loss;
     for (std::int64_t i = 0; i < N; ++i) {
-      const C lse = log_sum(a_, i), x = lse - scale_ * cosine_[i < batch_ ? i : i - batch_];
+      const C lse = log_sum_of(a_, i), x = lse - scale_ * cosine_[i < batch_ ? i : i - batch_];
       losses[i * apart] = softplus(x, row_share_[i]) + alarm;
       out_.lse_row[i] = lse;
-      a_.weight[i] = weight(a_, i, row_share_[i]);
+      a_.weight[i] = weight_of(a_.sum[i], row_share_[i]);
     }
     for (std::int64_t i = 0; form_ == Form::kTwoWay && i < batch_; ++i) {
-      const C lse = log_sum(b_, i), x = lse - scale_ * cosine_[i];
+      const C lse = log_sum_of(b_, i), x = lse - scale_ * cosine_[i];
       losses[i * apart + 1] = softplus(x, col_share_[i]) + alarm;
       out_.lse_col[i] = lse;
-      b_.weight[i] = weight(b_, i, col_share_[i]);
+      b_.weight[i] = weight_of(b_.sum[i], col_share_[i]);
     }
     if (!out_.reduced) return;
     double sum = 0;
@@ -404,7 +402,8 @@ class Contrast {
   Form form_;
   bool queue_, normalize_, want_a_ = false, want_b_ = false, want_any_ = false, mean_ = false,
                            all_stored_ = false, kept_ = false;
-  std::int64_t width_, batch_, row_edge_ = 0, col_edge_ = 0, stored_tiles_ = 0;
+  std::int64_t width_, batch_, row_edge_ = 0, col_edge_ = 0, stored_tiles_ = 0,
+                               room_ = std::int64_t(32) << 20;
   C scale_, alarm_ = 0;
   double shift_ = 0;
   ContrastOutputs<C> out_;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "operand.h"
 
@@ -24,6 +25,16 @@ C softplus(C x, C& sigmoid) {
   const C e = std::exp(-std::abs(x));
   sigmoid = x != x ? x : (x >= 0 ? C(1) : e) / (1 + e);
   return (x > 0 ? x : C(0)) + std::log1p(e);
+}
+
+// The log-sum-exp of a row or column of terms e^(s - zero), and what turns sigmoid into its weight.
+template <typename C>
+C log_sum(double sum, double zero) {
+  return sum == 0 ? -std::numeric_limits<C>::infinity() : C(std::log(sum) + zero);
+}
+template <typename C>
+C weight_of(double sum, C share) {
+  return sum == 0 ? C(0) : C(double(share) / sum);
 }
 
 // operand.sum from the parts of each row's sum, in the order of the tiles.

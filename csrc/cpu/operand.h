@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "pairs.h"
 
 namespace clae_fast {
@@ -23,20 +27,34 @@ struct Matrix {
   }
 };
 
-// Hands out aligned parts of one block of memory; without one it counts what is needed.
+// Hands out aligned parts of one block of memory; without one it counts what is needed. Under
+// AddressSanitizer what lies between two parts may not be touched, as if each were its own block.
 class Arena {
  public:
   explicit Arena(void* memory = nullptr) : base_(static_cast<char*>(memory)) {}
 
   template <typename T>
   T* take(std::int64_t count) {
+    const std::size_t bytes = std::size_t(count) * sizeof(T);
+    const std::size_t whole = (bytes + 63) / 64 * 64 + kGap;
     T* part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (std::size_t(count) * sizeof(T) + 63) / 64 * 64;
+    used_ += whole;
+#if defined(__SANITIZE_ADDRESS__)
+    if (part != nullptr) {
+      ASAN_UNPOISON_MEMORY_REGION(part, bytes);
+      ASAN_POISON_MEMORY_REGION(base_ + used_ - whole + bytes, whole - bytes);
+    }
+#endif
     return part;
   }
   std::size_t used() const { return used_; }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr std::size_t kGap = 64;
+#else
+  static constexpr std::size_t kGap = 0;
+#endif
   char* base_;
   std::size_t used_ = 0;
 };
@@ -69,7 +87,7 @@ struct Operand {
   double* sum = nullptr;
 
   // What the gradient is added up in. A sweep whose second phase needs no dot products has the
-  // memory of the panels for it, and clears it then.
+  // memory of the panels for it, and clears it at the turn: from then on nobody may multiply them.
   enum class Gradient { kNone, kOwn, kInPanels };
 
   void place(Arena& arena, std::int64_t width, Gradient where, bool half = false) {

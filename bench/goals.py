@@ -1,0 +1,89 @@
+"""What the CPU kernels were to reach, beside what a run measured: met, or missed by how much."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Records = list[dict[str, Any]]
+AGAINST_PYTORCH = {  # times as fast as the better of eager and compiled, forward + backward
+    "simclr-128": 2.5,
+    "simclr-256": 2.5,
+    "cifar-simclr-512": 2.5,
+    "simclr-2048": 2.5,
+    "simclr-8192": 3.0,
+}
+OF_THE_STEP = {"simclr": 1.3, "plain": 1.5}  # exact against published
+MEMORY = 300e6  # bytes beyond the inputs, 65,536 rows
+FUSED = ("simclr-64", 0.8)  # value_and_grad against our own forward + backward
+
+
+class Goal(NamedTuple):
+    """`asked` and `measured` in the same unit; `more` if more is better."""
+
+    what: str
+    asked: float
+    measured: float
+    more: bool
+    unit: str = "x"
+
+    def __str__(self) -> str:
+        words = f"{self.measured:.{2 if self.unit == 'x' else 0}f}{self.unit}"
+        if (self.measured >= self.asked) if self.more else (self.measured <= self.asked):
+            return f"{words}, met"
+        off = 100 * abs(1 - self.measured / self.asked)
+        return f"**{words}, missed by {off:.{0 if off >= 1 else 1}f} %**"
+
+    def wish(self) -> str:
+        """The goal in words."""
+        return f"at {'least' if self.more else 'most'} {self.asked:g}{self.unit}"
+
+
+def goals(records: Records, mine: str) -> list[Goal]:
+    """Every goal that there are figures for."""
+    found = []
+    timed = {
+        (r["shape"], r["mode"], r["provider"]): r
+        for r in records
+        if r["kind"] == "loss" and "seconds" in r
+    }
+
+    def seconds(shape: str, provider: str) -> float | None:
+        record = timed.get((shape, "forward+backward", provider))
+        return None if record is None else float(record["seconds"])
+
+    for shape, asked in AGAINST_PYTORCH.items():
+        ours = seconds(shape, mine)
+        others = [s for name in ("eager", "compiled") if (s := seconds(shape, name)) is not None]
+        if ours is not None and others:
+            what = f"{shape}, against the better of eager and compiled"
+            found.append(Goal(what, asked, min(others) / ours, more=True))
+    slowest = [
+        (quartiles[1], shape, other)
+        for (shape, mode, provider), r in timed.items()
+        if mode == "forward+backward" and provider == mine
+        for other, quartiles in r["times_as_fast_as"].items()
+        if not other.startswith("clae_fast")
+    ]
+    if slowest:
+        least, shape, other = min(slowest)
+        found.append(Goal(f"never slower; least: {shape}, {other}", 1.0, least, more=True))
+    shares = {
+        shape: r["share_of_forward_backward"]
+        for (shape, mode, provider), r in timed.items()
+        if mode == "value_and_grad" and provider == mine and "share_of_forward_backward" in r
+    }
+    own = "`value_and_grad` against our own forward + backward"
+    if FUSED[0] in shares:
+        found.append(Goal(f"{own}, {FUSED[0]}", FUSED[1], shares[FUSED[0]], more=False))
+    if shares:
+        shape = max(shares, key=lambda name: shares[name])
+        found.append(Goal(f"{own}, most: {shape}", 1.0, shares[shape], more=False))
+    for r in records:
+        if r["kind"] == "growth":
+            what, peak = "65,536 rows, memory beyond the inputs", r["peak_bytes_65536"] / 1e6
+            found.append(Goal(what, MEMORY / 1e6, peak, more=False, unit=" MB"))
+        if r["kind"] == "step" and r["variant"] == "exact" and r["method"] in OF_THE_STEP:
+            what = f"exact training step against the published one, {r['method']}"
+            fast = r["times_as_fast_as_published"]
+            found.append(Goal(what, OF_THE_STEP[r["method"]], fast, more=True))
+    return found
