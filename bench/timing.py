@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round.
 
-    In a round `prepare(round)` makes fresh inputs, then every call runs once, in an order that
-    rotates: what else the machine does meets all of them alike.
+    In a round `prepare(round)` makes fresh inputs, then every call runs once, in an order drawn
+    anew: what else the machine does meets all of them alike, and none finds its caches warmed by
+    always the same one.
 
     Args:
         calls: name -> what to time; each uses what `prepare` made.
@@ -44,11 +46,11 @@ def interleaved(
     once = sum(clock(call) for call in calls.values())
     if rounds is None:
         rounds = int(min(200, max(3 if once > 2 else 7, seconds / max(once, 1e-9))))
-    names = list(calls)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
+    found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         prepare(turn + 2)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in order.sample(list(calls), len(calls)):
             found[name].append(clock(calls[name]))
     return found
 

@@ -1,6 +1,8 @@
 """From tensors to a launch: tile sizes, the split of the columns, fake tensors."""
 
 import inspect
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..triton_backend import MAX_WIDTH
-from ._tile import INTERPRETED, SKIPS
+from ._tile import ASK, INTERPRETED, KNOWN, ONLINE, SKIPS
 
 
 class Config(NamedTuple):
@@ -25,28 +27,40 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# "sums" keep nothing D wide and take the width in chunks; "gradient" keeps BM x BD of the result,
-# and wider rows are written in several passes. By bytes of an element, then width.
+# "sums" keep nothing D wide and take the width in chunks, "triangle" in square tiles, "uel" with more
+# numbers a row; "gradient" keeps BM x BD of the result, and wider rows are written in several
+# passes. By dtype, then width: what compiles without a spill (bench/aot.py), where it can be with two
+# blocks on a multiprocessor, so that one exponentiates while the other multiplies.
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+_HALF_SUMS = {64: Config(128, 128, 64, 8, 2), MAX_WIDTH: Config(128, 128, 128, 8, 2)}
+_HALF_UEL = {64: Config(64, 128, 64, 8, 2), MAX_WIDTH: Config(64, 128, 128, 8, 2)}
+_FLOAT_SUMS = {MAX_WIDTH: Config(64, 64, 32, 4, 3)}
+_FLOAT_UEL = {MAX_WIDTH: Config(64, 64, 32, 8, 3)}
 CONFIGS = {
-    "sums": {
-        2: {64: Config(128, 128, 64, 8, 3), MAX_WIDTH: Config(128, 128, 128, 8, 3)},
-        4: {MAX_WIDTH: Config(64, 64, 32, 4, 3)},
+    "triangle": {BFLOAT16: _HALF_SUMS, FLOAT16: _HALF_SUMS, FLOAT32: _FLOAT_SUMS},
+    "sums": {BFLOAT16: _HALF_SUMS, FLOAT16: _HALF_SUMS, FLOAT32: _FLOAT_SUMS},
+    "uel": {
+        BFLOAT16: _HALF_UEL,
+        FLOAT16: _HALF_UEL,
+        FLOAT32: {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
     },
     "gradient": {
-        2: {
-            64: Config(128, 128, 64, 8, 3),
-            128: Config(128, 64, 128, 8, 3),
+        BFLOAT16: {
+            64: Config(128, 128, 64, 8, 2),
+            128: Config(128, 64, 128, 8, 2),
             MAX_WIDTH: Config(64, 64, 256, 8, 2),
         },
-        4: {64: Config(64, 64, 64, 4, 2), MAX_WIDTH: Config(64, 32, 128, 8, 2)},
+        # The weights of float16 rows are multiplied as tf32, which takes twice the registers.
+        FLOAT16: {64: Config(64, 64, 64, 4, 2), MAX_WIDTH: Config(64, 64, 128, 8, 2)},
+        FLOAT32: {MAX_WIDTH: Config(64, 16, 64, 4, 2)},
     },
 }
 _INTERPRETED = Config(32, 32, 32, 4, 1)  # small sizes still meet several tiles
 
 
-def config(kind: str, width: int, itemsize: int) -> Config:
+def config(kind: str, width: int, dtype: torch.dtype) -> Config:
     """The tile for one kind of sweep, no wider than it must be."""
-    table = CONFIGS[kind][itemsize]
+    table = CONFIGS[kind][dtype]
     chosen = _INTERPRETED if INTERPRETED else table[min(w for w in table if w >= width)]
     return chosen._replace(BD=min(chosen.BD, max(16, triton.next_power_of_2(width))))
 
@@ -58,8 +72,20 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def maximum_of(scale: float, scale_tensor: Tensor | None, n: int, unit: bool) -> int:
+    """Whether sums of n exponentials of unit rows need a maximum of their own (`known_maximum`)."""
+    if not unit:
+        return int(ONLINE.value)
+    if scale_tensor is not None:
+        return int(ASK.value)
+    # Well inside what the device allows: both must agree.
+    known = scale > 0 and 2 * 1.008 * scale + math.log(max(n, 1)) <= 139
+    return int(KNOWN.value if known else ONLINE.value)
+
+
 class Pairs:
-    """The arguments that the sweeps share, as their kernels take them."""
+    """The arguments that the sweeps share, as their kernels take them. `unit`: the rows of q and k
+    are of length 1, or 0, and no others."""
 
     def __init__(
         self,
@@ -72,6 +98,8 @@ class Pairs:
         offset: int = 0,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
+        *,
+        unit: bool = False,
     ) -> None:
         if skip not in SKIPS:
             raise ValueError(f"skip must be 'none', 'diagonal' or 'twins', got {skip!r}")
@@ -79,6 +107,7 @@ class Pairs:
         self.N, self.D = q.shape
         self.M = len(k)
         self.scale = (float(scale), scale_tensor)
+        self.maximum = maximum_of(*self.scale, max(self.N, self.M), unit)
         both = row_ids is not None and col_ids is not None
         self.ids = (row_ids, col_ids) if both else (None, None)
         self.extents = (self.N, self.M, offset, self.q.stride(0), self.k.stride(0))
@@ -92,7 +121,7 @@ class Pairs:
         return self.q.new_empty(shape, dtype=torch.float32)
 
     def config(self, kind: str) -> Config:
-        return config(kind, self.D, self.q.element_size())
+        return config(kind, self.D, self.q.dtype)
 
     def split(self, config: Config, passes: int = 1) -> tuple[int, int]:
         """Parts of the columns, so that few rows fill the card too, and the columns of one."""
@@ -106,7 +135,13 @@ class Pairs:
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
+    if not torch.cuda.is_available():  # a fake tensor's
+        return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+observers: list[Callable[[Any, tuple[Any, ...], dict[str, Any]], object]] = []
+"""Told of each launch with fake tensors: kernel, arguments, options (see bench/aot.py)."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -115,6 +150,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if isinstance(first, FakeTensor) or first.is_meta:
         named = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
         inspect.signature(kernel.fn).bind(*args, **named)
+        for observer in observers:
+            observer(kernel, args, options)
         return
     if 0 in grid:
         return

@@ -15,6 +15,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NONE, DIAGONAL, TWINS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Whether a known maximum serves: no, yes, or as the scale says, which only the device has read.
+ONLINE, KNOWN, ASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SKIPS = {"none": 0, "diagonal": 1, "twins": 2}
 
 
@@ -71,6 +73,28 @@ def dots(
 
 
 @triton.jit
+def similarities(
+    q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<q_i, k_j> from the tiles q and k where they hold the whole width, else chunk by chunk."""
+    if D <= BD:
+        return product(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), PRECISION)
+    return dots(q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION)
+
+
+@triton.jit
+def known_maximum(t, n):
+    """Of unit rows |s| <= |t|: whether e^(s - c) serves all n of them without a maximum of their
+    own, and that c. Single terms stay above e^-80, sums of n and their inverses within float32.
+    Rounded to bfloat16, a unit row may be longer by 2^-8."""
+    bound = tl.abs(t) * 1.008
+    known = (2.0 * bound + tl.log(n * 1.0) <= 140.0) & (t > 0)
+    return known, bound - tl.maximum(2.0 * bound - 80.0, 0.0)
+
+
+@triton.jit
 def leave_out(
     x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -104,6 +128,35 @@ def add_exponents(x, top, total):
     keep = tl.exp2(finite_or_zero(top) - zero)
     keep = tl.where(top == -float("inf"), 0.0, keep)
     return e, now, total * keep + tl.sum(e, 1), keep
+
+
+@triton.jit
+def first_top(zero, known, BM: tl.constexpr, MAXIMUM: tl.constexpr):
+    """What the running maximum of BM rows starts from."""
+    nothing = tl.full((BM,), -float("inf"), tl.float32)
+    if MAXIMUM == ONLINE:
+        return nothing
+    if MAXIMUM == KNOWN:
+        return tl.zeros((BM,), tl.float32) + zero
+    return tl.where(known, zero, nothing)
+
+
+@triton.jit
+def accumulate(x, top, total, zero, known, MAXIMUM: tl.constexpr):
+    """2^(x - maximum), the maximum and the sum of each row, and what earlier sums were multiplied
+    by; `zero` is the maximum where it is known."""
+    if MAXIMUM == ONLINE:
+        return add_exponents(x, top, total)
+    keep = tl.full(total.shape, 1.0, tl.float32)
+    if MAXIMUM == KNOWN:
+        e = tl.exp2(x - zero)
+        return e, top, total + tl.sum(e, 1), keep
+    if known:
+        e = tl.exp2(x - zero)
+        total += tl.sum(e, 1)
+    else:
+        e, top, total, keep = add_exponents(x, top, total)
+    return e, top, total, keep
 
 
 @triton.jit

@@ -3,9 +3,13 @@
 Launches: rows onto the sphere, log-sum-exps, losses and weights, gradient sweeps, rows back. Work
 in GEMMs g of all pairs and sweeps of exponentials e (rows.py and the sweeps say who owns what):
 
-    nt_xent             1 g / 1 e for the sums, 2 g / 2 e for the gradient
+    nt_xent             1/2 g / 1/2 e for the sums (1 of each below 4,096 rows), 2 g / 1 e for the
+                        gradient
     one_way, dq alone   2 g / 1 e, as pair_mean
-    one_way, two_way    1 g / 1 e a direction for the sums, 2 g and 1 to 2 e for each gradient
+    one_way, two_way    1 g / 1 e a direction for the sums, 2 g / 1 e for each gradient
+
+With rows that are not normalised, or a scale past the known maximum, sums of nt_xent and gradients
+that serve rows and columns take one exponential more.
 
 Saved between the launches: unit rows in the type of the input, and a few numbers a row.
 """
@@ -18,10 +22,13 @@ from torch import Tensor
 
 from . import rows
 from ._launch import Pairs, launch
+from ._tile import ONLINE
 from .pair_grad import row_gradient
-from .pair_lse import pair_lse
-from .pair_mean import pair_mean
+from .pair_lse import row_sums
+from .pair_mean import row_means
+from .symmetric import symmetric_sums
 
+SYMMETRIC_FROM = 4096  # rows: below, a triangle of tiles does not fill a card
 FORMS = ("nt_xent", "one_way", "two_way")
 
 
@@ -34,7 +41,7 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, width: int) -> "_Block":
         BD = max(16, triton.next_power_of_2(width))
-        return cls(max(1, min(32, 4096 // BD)), BD)
+        return cls(max(1, min(32, 2048 // BD)), BD)
 
 
 def contrast(
@@ -121,15 +128,21 @@ class _Contrast:
         """The log-sum-exps; with `mean` also the mean of the keys, from the same sweep."""
         self.lse_col, self.o = self.new(0), None
         if self.form == "nt_xent":
-            self.lse = pair_lse(self.z, self.z, *self.scaling, "twins")
+            pairs = self._pairs(self.z, self.z, "twins")
+            half = pairs.N >= SYMMETRIC_FROM and pairs.maximum != ONLINE.value
+            self.lse = symmetric_sums(pairs) if half else row_sums(pairs)
             return
         skip = "none" if self.negatives is not None else "diagonal"
+        pairs = self._pairs(self.z_q, self.z_n, skip)
         if mean:
-            self.lse, self.o = pair_mean(self.z_q, self.z_n, *self.scaling, skip)
+            self.lse, self.o = row_means(pairs)
         else:
-            self.lse = pair_lse(self.z_q, self.z_n, *self.scaling, skip)
+            self.lse = row_sums(pairs)
         if self.form == "two_way":
-            self.lse_col = pair_lse(self.z_k, self.z_q, *self.scaling, "diagonal")
+            self.lse_col = row_sums(self._pairs(self.z_k, self.z_q, "diagonal"))
+
+    def _pairs(self, q: Tensor, k: Tensor, skip: str, offset: int = 0) -> Pairs:
+        return Pairs(q, k, *self.scaling, skip, offset, unit=self.normalize)
 
     def losses(self) -> Tensor:
         """The loss of each row; the weights 1 - p of the positives stay here."""
@@ -161,7 +174,7 @@ class _Contrast:
         by_col: tuple[Tensor, Tensor] | None,
         offset: int = 0,
     ) -> Tensor:
-        pairs = Pairs(q, k, *self.scaling, skip, offset)
+        pairs = self._pairs(q, k, skip, offset)
         return row_gradient(pairs, *(by_row or (None, None)), *(by_col or (None, None)), False)
 
     def gradients(

@@ -1,7 +1,8 @@
 """Row gradient from saved log-sum-exps:
 `dq_i = t sum_j (row_weight_i e^(s_ij - row_lse_i) + col_weight_j e^(s_ij - col_lse_j)) k_j`.
 
-Work: 2 GEMMs, 1 to 2 exponentials a pair. A program owns BM rows, BD of the width and one part of
+Work: 2 GEMMs, 2 exponentials a pair; 1 where one pair of arguments is there or the maximum is
+known. A program owns BM rows, BD of the width and one part of
 the columns; past BD the similarities are made again for every BD of the output. No two programs add
 to one element; parts are added in their order: the same bits every run. Nothing is saved.
 """
@@ -12,16 +13,46 @@ from torch import Tensor
 
 from ._launch import Pairs, launch
 from ._tile import (
+    KNOWN,
     LOG2E,
-    dots,
+    ONLINE,
     finite_or_zero,
+    known_maximum,
     leave_out,
     load_rows,
-    product,
     scale_of,
+    similarities,
     store_rows,
     weighted_rows,
 )
+
+
+@triton.jit
+def _of_two(x, row_zero, row_weight, col_zero, col_weight):
+    g = row_weight[:, None] * tl.exp2(x - row_zero[:, None])
+    return g + col_weight[None, :] * tl.exp2(x - col_zero[None, :])
+
+
+@triton.jit
+def _of_one(x, row_zero, row_weight, col_zero, col_weight, zero):
+    of_row = row_weight * tl.exp2(zero - row_zero)
+    of_col = col_weight * tl.exp2(zero - col_zero)
+    return tl.exp2(x - zero) * (of_row[:, None] + of_col[None, :])
+
+
+@triton.jit
+def _weights(x, row_zero, row_weight, col_zero, col_weight, zero, known, MAXIMUM: tl.constexpr):
+    """row_weight e^(s - row_lse) + col_weight e^(s - col_lse): with the maximum known e^(s - zero)
+    serves both."""
+    if MAXIMUM == ONLINE:
+        return _of_two(x, row_zero, row_weight, col_zero, col_weight)
+    if MAXIMUM == KNOWN:
+        return _of_one(x, row_zero, row_weight, col_zero, col_weight, zero)
+    if known:
+        g = _of_one(x, row_zero, row_weight, col_zero, col_weight, zero)
+    else:
+        g = _of_two(x, row_zero, row_weight, col_zero, col_weight)
+    return g
 
 
 @triton.jit
@@ -30,38 +61,41 @@ def _grad(
     scale, scale_ptr, row_ids_ptr, col_ids_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr,
+    MAXIMUM: tl.constexpr,
     PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     at = tl.program_id(2) * BD + tl.arange(0, BD)
     t = scale_of(scale, scale_ptr, RECIPROCAL)
+    known, zero = known_maximum(t, tl.maximum(N, M))
+    zero *= LOG2E
     if row_lse_ptr is not None:
-        lse = tl.load(row_lse_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-        row_zero = finite_or_zero(lse) * LOG2E
+        row_lse = tl.load(row_lse_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        row_zero = finite_or_zero(row_lse) * LOG2E
         row_weight = tl.load(row_weight_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     dq = tl.zeros((BM, BD), tl.float32)
-    if D <= BD:
-        q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
     begin = part * columns_of_part
     for j in range(begin, min(begin + columns_of_part, M), BN):
         cols = j + tl.arange(0, BN)
         k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
-        if D <= BD:
-            s = product(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), PRECISION)
-        else:
-            s = dots(
-                q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
-            )  # fmt: skip
-        x = s * (t * LOG2E)
-        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
-        g = tl.zeros((BM, BN), tl.float32)
-        if row_lse_ptr is not None:
-            g += row_weight[:, None] * tl.exp2(x - row_zero[:, None])
+        s = similarities(
+            q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+        )  # fmt: skip
+        x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
         if col_lse_ptr is not None:
-            lse = tl.load(col_lse_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
-            weight = tl.load(col_weight_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
-            g += weight[None, :] * tl.exp2(x - finite_or_zero(lse)[None, :] * LOG2E)
+            col_lse = tl.load(col_lse_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
+            col_zero = finite_or_zero(col_lse) * LOG2E
+            col_weight = tl.load(col_weight_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
+        if row_lse_ptr is not None and col_lse_ptr is not None:
+            g = _weights(x, row_zero, row_weight, col_zero, col_weight, zero, known, MAXIMUM)
+        elif row_lse_ptr is not None:
+            g = row_weight[:, None] * tl.exp2(x - row_zero[:, None])
+        elif col_lse_ptr is not None:
+            g = col_weight[None, :] * tl.exp2(x - col_zero[None, :])
+        else:
+            g = tl.zeros((BM, BN), tl.float32)
         dq = weighted_rows(g, k, dq, PRECISION)
     if SCALED:
         dq = dq * t
@@ -91,7 +125,7 @@ def row_gradient(
     launch(
         _grad, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, dq, *by_row, *by_col,
         *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN, config.BD,
-        scaled, **pairs.flags, **config.run(),
+        scaled, pairs.maximum, **pairs.flags, **config.run(),
     )  # fmt: skip
     return dq[0] if parts == 1 else dq.sum(0)
 

@@ -1,9 +1,9 @@
 """Log-sum-exp of each row over its allowed columns: `lse_i = log sum_j e^(s_ij)`.
 
 Work: 1 GEMM, 1 exponential a pair. A program owns BM rows and one part of the columns, and keeps
-their running maximum and sum; nothing is saved but these two numbers. With few rows the columns are
-split so that the card is full, and a second kernel adds the parts in their order: the same bits
-every run. Bytes: q once, k once for every BM rows.
+their running maximum and sum, or the sum alone where the maximum is known; nothing is saved but
+these two numbers. With few rows the columns are split so that the card is full, and a second kernel
+adds the parts in their order: the same bits every run. Bytes: q once, k once for every BM rows.
 """
 
 import triton
@@ -11,36 +11,45 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Pairs, launch
-from ._tile import LOG2E, add_exponents, dots, leave_out, load_rows, log_of, product, scale_of
+from ._tile import (
+    LOG2E,
+    accumulate,
+    finite_or_zero,
+    first_top,
+    known_maximum,
+    leave_out,
+    load_rows,
+    log_of,
+    scale_of,
+    similarities,
+)
 
 
 @triton.jit
 def _lse(
     q_ptr, k_ptr, lse_ptr, top_ptr, total_ptr, scale, scale_ptr, row_ids_ptr, col_ids_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MAXIMUM: tl.constexpr,
     PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
-    t = scale_of(scale, scale_ptr, RECIPROCAL) * LOG2E
-    top = tl.full((BM,), -float("inf"), tl.float32)
+    t = scale_of(scale, scale_ptr, RECIPROCAL)
+    known, zero = known_maximum(t, M)
+    zero *= LOG2E
+    top = first_top(zero, known, BM, MAXIMUM)
     total = tl.zeros((BM,), tl.float32)
-    if D <= BD:
-        at = tl.arange(0, BD)
-        q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    at = tl.arange(0, BD)
+    q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
     begin = part * columns_of_part
     for j in range(begin, min(begin + columns_of_part, M), BN):
         cols = j + tl.arange(0, BN)
-        if D <= BD:
-            k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
-            s = product(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), PRECISION)
-        else:
-            s = dots(
-                q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
-            )  # fmt: skip
-        x = leave_out(s * t, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
-        e, top, total, keep = add_exponents(x, top, total)
+        k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
+        s = similarities(
+            q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+        )  # fmt: skip
+        x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        e, top, total, keep = accumulate(x, top, total, zero, known, MAXIMUM)
     if lse_ptr is not None:
         tl.store(lse_ptr + rows, log_of(top, total), mask=rows < N)
     else:
@@ -50,18 +59,22 @@ def _lse(
 
 
 @triton.jit
-def _combine(top_ptr, total_ptr, lse_ptr, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def combine(top_ptr, total_ptr, lse_ptr, N, parts, BLOCK: tl.constexpr):
+    """The log-sum-exp of each row from maximum and sum of its parts, (parts, N), in their order. A
+    part whose sum is 0 has seen no column; its maximum may be anything."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for part in range(PARTS):
-        here = tl.load(top_ptr + part * N + rows, mask=rows < N, other=-float("inf"))
-        top = tl.maximum(top, here)
-    zero = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(PARTS):
-        here = tl.load(top_ptr + part * N + rows, mask=rows < N, other=-float("inf"))
-        sums = tl.load(total_ptr + part * N + rows, mask=rows < N, other=0.0)
-        total += tl.where(here == -float("inf"), sums, sums * tl.exp2(here - zero))
+    for part in range(parts):
+        place = tl.cast(part, tl.int64) * N + rows
+        sums = tl.load(total_ptr + place, mask=rows < N, other=0.0)
+        here = tl.load(top_ptr + place, mask=rows < N, other=-float("inf"))
+        here = tl.where(sums == 0.0, -float("inf"), here)
+        now = tl.maximum(top, here)
+        zero = finite_or_zero(now)
+        before = tl.where(total == 0.0, 0.0, total * tl.exp2(finite_or_zero(top) - zero))
+        total = before + tl.where(sums == 0.0, 0.0, sums * tl.exp2(finite_or_zero(here) - zero))
+        top = now
     tl.store(lse_ptr + rows, log_of(top, total), mask=rows < N)
 
 
@@ -77,7 +90,11 @@ def pair_lse(
     col_ids: Tensor | None = None,
 ) -> Tensor:
     """`reference.pair_lse`."""
-    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids)
+    return row_sums(Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids))
+
+
+def row_sums(pairs: Pairs) -> Tensor:
+    """The log-sum-exp of each row, (N,) in float32."""
     config, N = pairs.config("sums"), pairs.N
     parts, columns = pairs.split(config)
     lse = pairs.new(N)
@@ -85,8 +102,8 @@ def pair_lse(
     launch(
         _lse, (triton.cdiv(N, config.BM), parts), pairs.q, pairs.k,
         lse if parts == 1 else None, top, total, *pairs.scale, *pairs.ids, *pairs.extents, columns,
-        pairs.D, config.BM, config.BN, config.BD, **pairs.flags, **config.run(),
+        pairs.D, config.BM, config.BN, config.BD, pairs.maximum, **pairs.flags, **config.run(),
     )  # fmt: skip
     if parts > 1:
-        launch(_combine, (triton.cdiv(N, 256),), top, total, lse, N, parts, 256)
+        launch(combine, (triton.cdiv(N, 256),), top, total, lse, N, parts, 256)
     return lse

@@ -13,13 +13,14 @@ from torch import Tensor
 from ._launch import Pairs, launch
 from ._tile import (
     LOG2E,
-    add_exponents,
-    dots,
+    accumulate,
+    first_top,
+    known_maximum,
     leave_out,
     load_rows,
     log_of,
-    product,
     scale_of,
+    similarities,
     store_rows,
     weighted_rows,
 )
@@ -29,30 +30,28 @@ from ._tile import (
 def _mean(
     q_ptr, k_ptr, o_ptr, lse_ptr, top_ptr, total_ptr, scale, scale_ptr, row_ids_ptr, col_ids_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MAXIMUM: tl.constexpr,
     PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     at = tl.program_id(2) * BD + tl.arange(0, BD)
-    t = scale_of(scale, scale_ptr, RECIPROCAL) * LOG2E
-    top = tl.full((BM,), -float("inf"), tl.float32)
+    t = scale_of(scale, scale_ptr, RECIPROCAL)
+    known, zero = known_maximum(t, M)
+    zero *= LOG2E
+    top = first_top(zero, known, BM, MAXIMUM)
     total = tl.zeros((BM,), tl.float32)
     o = tl.zeros((BM, BD), tl.float32)
-    if D <= BD:
-        q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
     begin = part * columns_of_part
     for j in range(begin, min(begin + columns_of_part, M), BN):
         cols = j + tl.arange(0, BN)
         k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
-        if D <= BD:
-            s = product(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), PRECISION)
-        else:
-            s = dots(
-                q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
-            )  # fmt: skip
-        x = leave_out(s * t, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
-        e, top, total, keep = add_exponents(x, top, total)
+        s = similarities(
+            q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+        )  # fmt: skip
+        x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        e, top, total, keep = accumulate(x, top, total, zero, known, MAXIMUM)
         o = weighted_rows(e, k, o * keep[:, None], PRECISION)
     if top_ptr is None:
         o = o / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -106,7 +105,11 @@ def pair_mean(
     col_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.pair_mean`."""
-    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids)
+    return row_means(Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids))
+
+
+def row_means(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row, (N,), and the mean of the keys, (N, D), in float32."""
     config, N, D = pairs.config("gradient"), pairs.N, pairs.D
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)
@@ -119,7 +122,7 @@ def pair_mean(
     launch(
         _mean, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, of_parts, lse, top,
         total, *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN,
-        config.BD, **pairs.flags, **config.run(),
+        config.BD, pairs.maximum, **pairs.flags, **config.run(),
     )  # fmt: skip
     if parts > 1:
         launch(

@@ -15,10 +15,9 @@ from torch import Tensor
 from ..numerics import alarm
 from ._launch import Pairs, launch
 from ._tile import (
-    dots,
     load_rows,
-    product,
     scale_of,
+    similarities,
     softplus_and_sigmoid,
     store_rows,
     weighted_rows,
@@ -44,17 +43,13 @@ def _sigmoid(
     loss = tl.zeros((BM,), tl.float32)
     slope = tl.zeros((BM,), tl.float32)
     dx = tl.zeros((BM, BD), tl.float32)
-    if D <= BD:
-        x = load_rows(x_ptr, x_stride, rows, N, at, D, BD)
+    x = load_rows(x_ptr, x_stride, rows, N, at, D, BD)
     for j in range(0, M, BN):
         cols = j + tl.arange(0, BN)
         y = load_rows(y_ptr, y_stride, cols, M, at, D, BD)
-        if D <= BD:
-            s = product(x, tl.trans(y), tl.zeros((BM, BN), tl.float32), PRECISION)
-        else:
-            s = dots(
-                x_ptr, x_stride, rows, N, y_ptr, y_stride, cols, M, D, BM, BN, BD, PRECISION
-            )  # fmt: skip
+        s = similarities(
+            x, y, x_ptr, x_stride, rows, N, y_ptr, y_stride, cols, M, D, BM, BN, BD, PRECISION
+        )  # fmt: skip
         s = s * t + b
         positive = rows[:, None] == cols[None, :]
         out = cols[None, :] >= M

@@ -25,11 +25,11 @@ from ._tile import (
     LN2,
     LOG2E,
     add_exponents,
-    dots,
     finite_or_zero,
     leave_out,
     load_rows,
     scale_of,
+    similarities,
     softplus_and_sigmoid,
     store_rows,
     weighted_rows,
@@ -56,9 +56,14 @@ def _sums(
     top = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     index = tl.full((BM,), -1, tl.int32)
+    at = tl.arange(0, BD)
+    q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
     for j in range(0, M, BN):
         cols = j + tl.arange(0, BN)
-        s = dots(q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION)
+        k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
+        s = similarities(
+            q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+        )  # fmt: skip
         x = s * (t * LOG2E)
         x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
         index = _first_largest(x, cols, top, index)
@@ -67,10 +72,10 @@ def _sums(
     twin = tl.where(rows < M // 2, rows + M // 2, rows - M // 2)
     positive = tl.zeros((BM,), tl.float32)
     for d in range(0, D, BD):
-        at = d + tl.arange(0, BD)
-        q = load_rows(q_ptr, q_stride, rows, N, at, D, BD).to(tl.float32)
-        k = load_rows(k_ptr, k_stride, twin, M, at, D, BD).to(tl.float32)
-        positive += tl.sum(q * k, 1)
+        here = d + tl.arange(0, BD)
+        own = load_rows(q_ptr, q_stride, rows, N, here, D, BD).to(tl.float32)
+        other = load_rows(k_ptr, k_stride, twin, M, here, D, BD).to(tl.float32)
+        positive += tl.sum(own * other, 1)
     positive = positive * t
     margin = lse + log_m - positive
     softplus, slope = softplus_and_sigmoid(margin)
@@ -96,9 +101,14 @@ def _losses(
     x_top = tl.full((BM,), 0.0, tl.float32)
     top = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
+    at = tl.arange(0, BD)
+    q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
     for j in range(0, M, BN):
         cols = j + tl.arange(0, BN)
-        s = dots(q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION)
+        k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
+        s = similarities(
+            q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+        )  # fmt: skip
         x = s * t - log_z[:, None]
         x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
         is_top = cols[None, :] == index[:, None]
@@ -146,10 +156,13 @@ def _gradient(
     below = tl.load(below_ptr + rows, mask=rows < N, other=0.0)
     log_odds = tl.load(odds_ptr + rows, mask=rows < N, other=0.0)
     dq = tl.zeros((BM, BD), tl.float32)
+    q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
     for j in range(0, M, BN):
         cols = j + tl.arange(0, BN)
         k = load_rows(k_ptr, k_stride, cols, M, at, D, BD)
-        s = dots(q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION)
+        s = similarities(
+            q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
+        )  # fmt: skip
         x = s * t - log_z[:, None]
         x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
         is_top = cols[None, :] == index[:, None]
@@ -166,8 +179,8 @@ def _gradient(
     odds_of_positive = tl.where(index < 0, 0.0, tl.exp(log_odds - softplus))
     g_positive = slope + m * (below * tl.exp(-softplus) + odds_of_positive)
     twin = tl.where(rows < M // 2, rows + M // 2, rows - M // 2)
-    k = load_rows(k_ptr, k_stride, twin, M, at, D, BD).to(tl.float32)
-    dq = (dq - g_positive[:, None] * k) * t
+    other = load_rows(k_ptr, k_stride, twin, M, at, D, BD).to(tl.float32)
+    dq = (dq - g_positive[:, None] * other) * t
     if row_weight_ptr is not None:
         row_weight = tl.load(row_weight_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
         dq = dq * row_weight[:, None]
@@ -190,7 +203,7 @@ def pair_uel(
     pairs = Pairs(q, k, scale, scale_tensor, reciprocal, "twins", 0, row_ids, col_ids)
     N, D, m = pairs.N, pairs.D, float(negative_weight)
     log_m, log_m1 = math.log(m), math.log(m - 1) if m > 1 else -math.inf
-    sums, gradient = pairs.config("sums"), pairs.config("gradient")
+    sums, gradient = pairs.config("uel"), pairs.config("gradient")
     log_z, margin, loss, below, odds = (pairs.new(N) for _ in range(5))
     index = q.new_empty(N, dtype=torch.int32)
     blocks = (triton.cdiv(N, sums.BM),)

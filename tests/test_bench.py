@@ -197,12 +197,15 @@ def test_the_truth_of_the_gate(loss, sampled, bench, monkeypatch):
 
 
 def test_interleaving(bench):
-    """Every call once a round, in an order that rotates, on what was prepared for the round."""
+    """Every call once a round, in an order drawn anew, on what was prepared for the round."""
     seen = []
     calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
-    times = bench["timing"].interleaved(calls, lambda seed: seen.append(seed), rounds=3)
-    assert seen[-12:] == [2, "a", "b", "c", 3, "b", "c", "a", 4, "c", "a", "b"]
-    assert all(len(t) == 3 and min(t) >= 0 for t in times.values())
+    times = bench["timing"].interleaved(calls, lambda seed: seen.append(seed), rounds=20)
+    rounds = [seen[-80:][4 * i : 4 * i + 4] for i in range(20)]
+    assert [r[0] for r in rounds] == list(range(2, 22))
+    assert all(sorted(r[1:]) == ["a", "b", "c"] for r in rounds)
+    assert len({tuple(r[1:]) for r in rounds}) > 3
+    assert all(len(t) == 20 and min(t) >= 0 for t in times.values())
     quartiles = bench["timing"].ratios([1.0, 2.0, 1.0, 1.0, 1.0], [3.0, 2.0, 4.0, 3.0, 5.0])
     assert quartiles == (3.0, 3.0, 4.0)
 

@@ -13,10 +13,14 @@ import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from dense import error
 from torch._subclasses import FakeTensorMode
 
 from clae_fast import nt_xent_loss, reference, triton_backend, uel_loss, use_backend, value_and_grad
+from clae_fast.kernels import _launch, symmetric
+from clae_fast.kernels import contrast as contrast_kernels
 from clae_fast.ops import raw
 
 pytestmark = pytest.mark.skipif(
@@ -153,6 +157,58 @@ def test_contrast(form, need, normalize, shape, dtype):
                 # dscale is a sum that nearly cancels: against its largest terms
                 assert error(got, ref, floor=1.0 if got.numel() == 1 else 1e-6) < limit
             assert got.shape == ref.shape
+
+
+@pytest.mark.parametrize("form", ["nt_xent", "two_way", "queue"])
+@pytest.mark.parametrize("t", [3.0, 60.0, 75.0, 300.0, -3.0])
+@pytest.mark.parametrize("by_pointer", [False, True])
+@pytest.mark.parametrize("B", [1, 5, 40, 70])
+def test_known_maximum(form, t, by_pointer, B, monkeypatch):
+    """Sums on the upper triangle, exponentials that serve rows and columns; the device decides
+    where it alone knows the scale. Past 2 t + ln n = 140 every row has its own maximum."""
+    monkeypatch.setattr(contrast_kernels, "SYMMETRIC_FROM", 0)
+    q = torch.randn(B, 20)
+    k = q + 0.3 * torch.randn(B, 20) if B > 5 else torch.randn(B, 20)
+    negatives, form = (torch.randn(70, 20), "one_way") if form == "queue" else (None, form)
+    scale = (1.0, torch.tensor(t), False) if by_pointer else (t, None, False)
+    out, expected = both("contrast", q, k, negatives, *scale, form, True, *(True,) * 4)
+    plain = reference.contrast(q, k, negatives, *scale, form, True, *(True,) * 4)
+    limits = [max(2e-6, 1e-7 * abs(t))] * 3 + [2e-5] * 4
+    for got, ref, least, limit in zip(out, expected, plain, limits, strict=True):
+        if got.numel() and ref.isfinite().all():
+            floor = 1.0 if got.numel() == 1 else 1e-6
+            bound = max(limit, 3 * error(least, ref, floor=floor))
+            assert error(got, ref, floor=floor) < bound
+        assert torch.equal(got.isfinite(), ref.isfinite())
+
+
+def test_which_maximum_is_known():
+    """What the host says of a number, the device says of a tensor; both leave room to the limit."""
+    n = 8192
+    for scale, expected in ((10.0, 1), (64.0, 1), (66.0, 0), (-1.0, 0), (0.0, 0), (math.nan, 0)):
+        assert _launch.maximum_of(scale, None, n, True) == expected
+        assert _launch.maximum_of(scale, None, n, False) == 0
+    assert _launch.maximum_of(1.0, torch.tensor(1.0), n, True) == 2
+    limit = (140 - math.log(n)) / 2.016
+    assert _launch.maximum_of(limit * 0.99, None, n, True) == 1
+    assert _launch.maximum_of(limit * 1.001, None, n, True) == 0
+
+
+def test_strips_of_the_triangle():
+    """Tile `index` of T (T + 1) / 2, row by row, up to the largest number of tiles."""
+
+    @triton.jit
+    def strips(out, tiles, first, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(out + at, symmetric._strip_of(first + at, tiles))
+
+    for tiles in (1, 2, 3, 7, 1024, 4096):
+        count, out = tiles * (tiles + 1) // 2, torch.empty(1024, dtype=torch.int32)
+        rows = torch.repeat_interleave(torch.arange(tiles), torch.arange(tiles, 0, -1))
+        for first in {0, max(0, count // 2 - 500), max(0, count - 1024)}:
+            strips[(1,)](out, tiles, first, 1024)
+            expected = rows[first : first + 1024]
+            assert torch.equal(out[: len(expected)].long(), expected), tiles
 
 
 @pytest.mark.parametrize("reciprocal", [False, True])

@@ -1,0 +1,273 @@
+"""The Triton kernels compiled for GPUs that are not here, and what the machine code says of them.
+
+    python bench/aot.py --quick                     one configuration of each kernel
+    python bench/aot.py --results bench/results/triton-compiled.json
+
+The launches are the operators' own: they run on fake CUDA tensors, and each launch is compiled as
+the just-in-time compiler would, for each target. A spill, too much shared memory or a missing
+matrix instruction is an error. Needs TRITON_INTERPRET unset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from clae_fast.kernels import _launch
+from clae_fast.kernels.contrast import contrast
+from clae_fast.kernels.pair_grad import pair_grad
+from clae_fast.kernels.pair_lse import pair_lse
+from clae_fast.kernels.pair_mean import pair_mean
+from clae_fast.kernels.pair_sigmoid import pair_sigmoid
+from clae_fast.kernels.pair_uel import pair_uel
+from clae_fast.pretraining.files import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "clae_fast" / "kernels"
+
+
+class Target(NamedTuple):
+    """A GPU: what a block may have, and what a multiprocessor has and does in a clock."""
+
+    capability: int
+    shared: int  # bytes that a block may have
+    matrix: str  # of its instructions for 16-bit products
+    multiprocessors: int
+    clock: float  # GHz
+    flops: int  # of dense 16-bit products, a multiprocessor and clock
+
+
+# A100 SXM, H100 SXM, B200: vendor's data sheets and programming guide (compute capabilities).
+TARGETS = {
+    "sm_80": Target(80, 163 << 10, "HMMA", 108, 1.41, 2048),
+    "sm_90": Target(90, 227 << 10, "HGMMA", 132, 1.83, 4096),
+    "sm_100": Target(100, 227 << 10, "UTC.*MMA", 148, 1.85, 8192),
+}
+REGISTERS, THREADS, EXPONENTIALS = 65536, 2048, 16  # of a multiprocessor; the last a clock
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, tensors by their dtype."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+
+    def named(self) -> dict[str, Any]:
+        """The compile-time arguments by name."""
+        names = [p.name for p in self.kernel.params]
+        found = dict(zip(names, self.args, strict=False)) | dict(self.options)
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        return {k: v for k, v in found.items() if k in constants or k.startswith("num_")}
+
+
+# --------------------------------------------------------------------------- which launches
+
+
+def _calls(width: int, dtype: torch.dtype, rows: int) -> Iterator[Callable[[], Any]]:
+    def new(n: int, *more: int) -> torch.Tensor:
+        return torch.empty(n, *more, dtype=dtype, device="cuda")
+
+    B = rows // 2
+    q, k, negatives = new(B, width), new(B, width), new(65536, width)
+    t = torch.empty((), device="cuda")
+    number = torch.empty(rows, device="cuda")
+    needs = (True, True, False, True)
+    for scale in ((10.0,), (1.0, t, True), (100.0,)):
+        for form in ("nt_xent", "two_way"):
+            yield functools.partial(contrast, q, k, None, *scale, form=form, need_dq=True,
+                                    need_dk=True, need_dscale=True)  # fmt: skip
+        yield functools.partial(contrast, q, k, negatives, *scale, form="one_way", need_dq=True,
+                                need_dnegatives=True)  # fmt: skip
+    yield functools.partial(contrast, q, k, None, 10.0, None, False, "one_way", True, *needs)
+    yield functools.partial(contrast, q, k, None, 10.0, form="two_way", normalize=False)
+    z = new(rows, width)
+    yield functools.partial(pair_lse, z, z, 10.0, skip="twins")
+    yield functools.partial(pair_mean, q, z, 10.0)
+    yield functools.partial(pair_grad, z, z, 10.0, row_lse=number, row_weight=number,
+                            col_lse=number, col_weight=number)  # fmt: skip
+    both = {"need_dq": True, "need_dk": True}
+    yield functools.partial(pair_sigmoid, q, k, 10.0, -10.0, **both)
+    yield functools.partial(pair_uel, z, z, 10.0, 1.0, need_dq=True)
+
+
+def launches(width: int, dtype: torch.dtype, rows: int = 8192) -> list[Launch]:
+    """Every different launch that the operators make at that width, in the order they come."""
+    found: dict[tuple[Any, ...], Launch] = {}
+
+    def observe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        plain = tuple(x.dtype if isinstance(x, torch.Tensor) else x for x in args)
+        launch = Launch(kernel, plain, tuple(sorted(options.items())))
+        # Numbers that the compiler does not see do not make another kernel.
+        types = tuple(x if isinstance(x, torch.dtype) or x is None else type(x) for x in plain)
+        key = (launch.name, tuple(launch.named().items()), types)
+        found.setdefault(key, launch)
+
+    _launch.observers.append(observe)
+    try:
+        with FakeTensorMode():
+            for call in _calls(width, dtype, rows):
+                call()
+    finally:
+        _launch.observers.remove(observe)
+    return list(found.values())
+
+
+# ----------------------------------------------------------------------------------- compiling
+
+
+class _Absent:
+    """Stands for the driver of a GPU that is not here: the compiler asks only for its target."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = GPUTarget("cuda", target.capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return int(self.target.arch)  # each target has its own cache of kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(launch: Launch, target: Target) -> Any:
+    """The kernel as the just-in-time compiler makes it for these arguments; not loaded."""
+    driver.set_active(_Absent(target))
+    return launch.kernel.warmup(*launch.args, grid=(1,), **dict(launch.options))
+
+
+class Machine(NamedTuple):
+    """What the machine code of a kernel takes and holds."""
+
+    registers: int
+    spills: int  # instructions that read or write local memory
+    shared: int
+    warps: int
+    matrix: dict[str, int]  # matrix instructions by shape
+    exponentials: int  # instructions
+
+    def blocks(self) -> int:
+        """How many blocks fit on a multiprocessor at once."""
+        threads = 32 * self.warps
+        granules = -(-self.registers // 8) * 8 * threads
+        return min(REGISTERS // granules, THREADS // threads, (228 << 10) // (self.shared + 1024))
+
+
+def machine_code(kernel: Any) -> Machine:
+    """Of a compiled kernel, by the disassembler that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    matrix: dict[str, int] = {}
+    for word in re.findall(r"\b((?:HMMA|HGMMA|UTC\w*MMA)\S*)", code):
+        matrix[word] = matrix.get(word, 0) + 1
+    return Machine(
+        numbers["REG"],
+        len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        kernel.metadata.shared,
+        kernel.metadata.num_warps,
+        matrix,
+        len(re.findall(r"\bMUFU\.EX2\b", code)),
+    )
+
+
+def _cuobjdump(*args: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def row(launch: Launch, name: str) -> dict[str, Any]:
+    """A kernel on a target: what it takes, and what is wrong with that."""
+    target, named = TARGETS[name], launch.named()
+    code = machine_code(compiled(launch, target))
+    wrong = []
+    if code.spills:
+        wrong.append(f"{code.spills} spills")
+    if code.shared > target.shared:
+        wrong.append(f"{code.shared} bytes of shared memory, there are {target.shared}")
+    half = any(x in (torch.float16, torch.bfloat16) for x in launch.args[:2])
+    multiplies = "PRECISION" in named
+    if multiplies and half and not any(re.match(target.matrix, word) for word in code.matrix):
+        wrong.append(f"no {target.matrix} instruction, but {code.matrix or 'none'}")
+    return {
+        "kernel": launch.name,
+        "target": name,
+        "dtype": str(launch.args[0]).removeprefix("torch."),
+        "constants": {k: v for k, v in named.items() if not isinstance(v, float)},
+        **code._asdict(),
+        "blocks": code.blocks(),
+        "wrong": wrong,
+    }
+
+
+def sources() -> dict[str, str]:
+    """Of every file that the table depends on, what its text hashes to."""
+    files = sorted(KERNELS.glob("*.py"))
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
+
+
+def cases(quick: bool) -> Iterator[Launch]:
+    """One width and dtype, or all kinds of both."""
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
+        for width in (128,) if quick else (64, 128, 256, 768):
+            yield from launches(width, dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="width 128 in bfloat16 only")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--results", type=Path, help="write the table as JSON")
+    args = parser.parse_args(argv)
+    rows = []
+    for launch in cases(args.quick):
+        for target in args.targets:
+            rows.append(row(launch, target))
+            print(line(rows[-1]), flush=True)
+    if args.results is not None:
+        found = {"triton": triton.__version__, "sources": sources(), "rows": rows}
+        write_whole(args.results, (json.dumps(found, indent=1) + "\n").encode())
+    return 1 if any(r["wrong"] for r in rows) else 0
+
+
+def line(r: dict[str, Any]) -> str:
+    c = r["constants"]
+    tile = " x ".join(str(c[k]) for k in ("BM", "B", "BN", "BD") if k in c)
+    flags = ", ".join(f"{k} {c[k]}" for k in ("MAXIMUM", "SKIP") if k in c)
+    matrix = ", ".join(f"{n} {word}" for word, n in r["matrix"].items())
+    return (
+        f"{r['target']} {r['kernel']} {r['dtype']} D {c.get('D', '-')}, {tile}, {flags}: "
+        f"{r['registers']} registers, {r['shared'] >> 10} KiB, {r['blocks']} blocks; "
+        f"{r['exponentials']} EX2; {matrix}" + "".join(f"; WRONG: {w}" for w in r["wrong"])
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
