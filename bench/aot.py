@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peer_kernels
 import torch
 import triton
 from torch._subclasses import FakeTensorMode
@@ -202,7 +203,7 @@ def _cuobjdump(*args: str) -> str:
 # -------------------------------------------------------------------------------------- the table
 
 
-def row(launch: Launch, name: str) -> dict[str, Any]:
+def row(launch: Launch, name: str, who: str = "clae_fast") -> dict[str, Any]:
     """A kernel on a target: what it takes, and what is wrong with that."""
     target, named = TARGETS[name], launch.named()
     code = machine_code(compiled(launch, target))
@@ -212,10 +213,11 @@ def row(launch: Launch, name: str) -> dict[str, Any]:
     if code.shared > target.shared:
         wrong.append(f"{code.shared} bytes of shared memory, there are {target.shared}")
     half = any(x in (torch.float16, torch.bfloat16) for x in launch.args[:2])
-    multiplies = "PRECISION" in named
+    multiplies = any("PRECISION" in key for key in named)
     if multiplies and half and not any(re.match(target.matrix, word) for word in code.matrix):
         wrong.append(f"no {target.matrix} instruction, but {code.matrix or 'none'}")
-    return {
+    found = {
+        "who": who,
         "kernel": launch.name,
         "target": name,
         "dtype": str(launch.args[0]).removeprefix("torch."),
@@ -223,6 +225,35 @@ def row(launch: Launch, name: str) -> dict[str, Any]:
         **code._asdict(),
         "blocks": code.blocks(),
         "wrong": wrong,
+    }
+    if multiplies:
+        found |= predicted(found, target)
+    return found
+
+
+def predicted(found: dict[str, Any], target: Target) -> dict[str, float]:
+    """Microseconds at 8,192 x 8,192 by the roofline: of the products, and of the exponentials.
+
+    Products count what the plan needs (chunks of the result that make S again included), at the
+    rate of 16-bit ones: tf32 takes twice, in three products six times as long. Exponentials are
+    those of the machine code, spread over the pairs of a tile.
+    """
+    c, n = found["constants"], 8192
+    D = c.get("D", c.get("D_MODEL"))
+    BM, BN = (c.get(a, c.get(b)) for a, b in (("BM", "BLOCK_SIZE_I"), ("BN", "BLOCK_SIZE_J")))
+    if BM is None:
+        BM = BN = c["B"]
+    width = c.get("BD", c.get("D_POW2", D))
+    result = any(word in found["kernel"] for word in ("grad", "mean", "sigmoid"))
+    passes = -(-D // width) if result else 1
+    products = passes * (D + min(width, D)) if result else D
+    slow = {"float32": 6.0, "float16": 1.0, "bfloat16": 1.0}[found["dtype"]]
+    rate = target.multiprocessors * target.clock * 1e3  # of clocks a microsecond
+    pairs = n * n * (0.5 if c.get("SYMMETRIC") else 1.0)
+    a_pair = found["exponentials"] * 32 * found["warps"] / (BM * BN)
+    return {
+        "products_us": round(pairs * 2 * products * slow / (rate * target.flops), 1),
+        "exponentials_us": round(pairs * passes * a_pair / (rate * EXPONENTIALS), 1),
     }
 
 
@@ -232,12 +263,23 @@ def sources() -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
 
 
-def cases(quick: bool) -> Iterator[Launch]:
-    """One width and dtype, or all kinds of both."""
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
-    for dtype in dtypes:
-        for width in (128,) if quick else (64, 128, 256, 768):
-            yield from launches(width, dtype)
+WIDTHS = {
+    torch.bfloat16: (64, 128, 256, 512, 768, 1536),
+    torch.float16: (64, 128, 768),
+    torch.float32: (128, 768),
+}
+
+
+def rows(target: str, quick: bool) -> Iterator[dict[str, Any]]:
+    """One width and dtype, or all kinds of both; memeff's kernels beside them."""
+    _launch.absent_capability = TARGETS[target].capability
+    for dtype, widths in {torch.bfloat16: (128,)}.items() if quick else WIDTHS.items():
+        for width in widths:
+            for launch in launches(width, dtype):
+                yield row(launch, target)
+    for width in () if quick else (128, 768):
+        for kernel, args, options in peer_kernels.launches(width, TARGETS[target].capability):
+            yield row(Launch(kernel, args, options), target, "memeff")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,27 +287,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="width 128 in bfloat16 only")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--results", type=Path, help="write the table as JSON")
+    parser.add_argument("--sources", action="store_true", help="print what the sources hash to")
     args = parser.parse_args(argv)
-    rows = []
-    for launch in cases(args.quick):
-        for target in args.targets:
-            rows.append(row(launch, target))
-            print(line(rows[-1]), flush=True)
+    if args.sources:
+        print(json.dumps(sources()))
+        return 0
+    table = []
+    for target in args.targets:
+        for found in rows(target, args.quick):
+            table.append(found)
+            print(line(found), flush=True)
     if args.results is not None:
-        found = {"triton": triton.__version__, "sources": sources(), "rows": rows}
-        write_whole(args.results, (json.dumps(found, indent=1) + "\n").encode())
-    return 1 if any(r["wrong"] for r in rows) else 0
+        result = {"triton": triton.__version__, "sources": sources(), "rows": table}
+        write_whole(args.results, (json.dumps(result, indent=1) + "\n").encode())
+    return 1 if any(r["wrong"] for r in table if r["who"] == "clae_fast") else 0
 
 
 def line(r: dict[str, Any]) -> str:
     c = r["constants"]
-    tile = " x ".join(str(c[k]) for k in ("BM", "B", "BN", "BD") if k in c)
-    flags = ", ".join(f"{k} {c[k]}" for k in ("MAXIMUM", "SKIP") if k in c)
+    names = ("BM", "B", "BN", "BD", "BLOCK_SIZE_I", "BLOCK_SIZE_J", "BLOCK_SIZE_D", "D_POW2")
+    tile = " x ".join(str(c[k]) for k in names if k in c)
+    flags = "".join(f", {k} {c[k]}" for k in ("MAXIMUM", "SYMMETRIC", "SKIP") if k in c)
     matrix = ", ".join(f"{n} {word}" for word, n in r["matrix"].items())
+    roof = ""
+    if "products_us" in r:
+        roof = f"; at 8,192 rows {r['products_us']} us of products, {r['exponentials_us']} of EX2"
+    wrong = "".join(f"; WRONG: {reason}" for reason in r["wrong"])
     return (
-        f"{r['target']} {r['kernel']} {r['dtype']} D {c.get('D', '-')}, {tile}, {flags}: "
-        f"{r['registers']} registers, {r['shared'] >> 10} KiB, {r['blocks']} blocks; "
-        f"{r['exponentials']} EX2; {matrix}" + "".join(f"; WRONG: {w}" for w in r["wrong"])
+        f"{r['target']} {r['who']} {r['kernel']} {r['dtype']} D {c.get('D', c.get('D_MODEL'))}, "
+        f"{tile}{flags}: {r['registers']} registers, {r['shared'] >> 10} KiB, {r['blocks']} "
+        f"blocks; {r['exponentials']} EX2; {matrix}{roof}{wrong}"
     )
 
 

@@ -1,5 +1,6 @@
 """From tensors to a launch: tile sizes, the split of the columns, fake tensors."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -11,7 +12,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..triton_backend import MAX_WIDTH
-from ._tile import ASK, INTERPRETED, KNOWN, ONLINE, SKIPS
+from ._tile import INTERPRETED, KNOWN, ONLINE, SKIPS
+
+MANY = (
+    4096  # rows: below, a launch more costs more than what it saves, and tiles do not fill a card
+)
 
 
 class Config(NamedTuple):
@@ -27,17 +32,23 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# "sums" keep nothing D wide and take the width in chunks, "triangle" in square tiles, "uel" with more
-# numbers a row; "gradient" keeps BM x BD of the result, and wider rows are written in several
-# passes. By dtype, then width: what compiles without a spill (bench/aot.py), where it can be with two
-# blocks on a multiprocessor, so that one exponentiates while the other multiplies.
+# "sums" keep nothing D wide and take the width in chunks, "two-sided" in square tiles, "uel" with
+# more numbers a row; "gradient" keeps BM x BD of the result, and wider rows are written in several
+# passes. By dtype, then width: what compiles without a spill (bench/aot.py), where it can be with
+# two blocks on a multiprocessor, so that one exponentiates while the other multiplies.
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 _HALF_SUMS = {64: Config(128, 128, 64, 8, 2), MAX_WIDTH: Config(128, 128, 128, 8, 2)}
+_HALF_MORE = {64: Config(128, 128, 64, 16, 2), MAX_WIDTH: Config(128, 128, 128, 16, 2)}
 _HALF_UEL = {64: Config(64, 128, 64, 8, 2), MAX_WIDTH: Config(64, 128, 128, 8, 2)}
 _FLOAT_SUMS = {MAX_WIDTH: Config(64, 64, 32, 4, 3)}
 _FLOAT_UEL = {MAX_WIDTH: Config(64, 64, 32, 8, 3)}
+# The weights of float16 rows are multiplied as tf32, which takes twice the registers.
+_FLOAT16_GRADIENT = {64: Config(64, 64, 64, 4, 2), MAX_WIDTH: Config(64, 64, 128, 8, 2)}
+_FLOAT_GRADIENT = {MAX_WIDTH: Config(64, 16, 64, 4, 2)}
 CONFIGS = {
-    "triangle": {BFLOAT16: _HALF_SUMS, FLOAT16: _HALF_SUMS, FLOAT32: _FLOAT_SUMS},
+    "two-sided": {BFLOAT16: _HALF_SUMS, FLOAT16: _HALF_SUMS, FLOAT32: _FLOAT_SUMS},
+    # Tensor memory gives a tile's rows back to few threads: more of them, or they spill.
+    "two-sided, 10": {BFLOAT16: _HALF_MORE, FLOAT16: _HALF_MORE, FLOAT32: _FLOAT_SUMS},
     "sums": {BFLOAT16: _HALF_SUMS, FLOAT16: _HALF_SUMS, FLOAT32: _FLOAT_SUMS},
     "uel": {
         BFLOAT16: _HALF_UEL,
@@ -48,19 +59,45 @@ CONFIGS = {
         BFLOAT16: {
             64: Config(128, 128, 64, 8, 2),
             128: Config(128, 64, 128, 8, 2),
+            256: Config(64, 64, 256, 8, 2),
+            512: Config(64, 32, 512, 8, 2),
+            1024: Config(32, 32, 1024, 8, 2),
             MAX_WIDTH: Config(64, 64, 256, 8, 2),
         },
-        # The weights of float16 rows are multiplied as tf32, which takes twice the registers.
-        FLOAT16: {64: Config(64, 64, 64, 4, 2), MAX_WIDTH: Config(64, 64, 128, 8, 2)},
-        FLOAT32: {MAX_WIDTH: Config(64, 16, 64, 4, 2)},
+        FLOAT16: _FLOAT16_GRADIENT,
+        FLOAT32: _FLOAT_GRADIENT,
+    },
+    # With more arithmetic a pair: not as wide.
+    "busy gradient": {
+        BFLOAT16: {
+            64: Config(128, 128, 64, 8, 2),
+            128: Config(128, 64, 128, 8, 2),
+            MAX_WIDTH: Config(64, 64, 256, 8, 2),
+        },
+        FLOAT16: _FLOAT16_GRADIENT,
+        FLOAT32: _FLOAT_GRADIENT,
     },
 }
 _INTERPRETED = Config(32, 32, 32, 4, 1)  # small sizes still meet several tiles
 
 
-def config(kind: str, width: int, dtype: torch.dtype) -> Config:
+absent_capability = 90
+"""Of the GPU that fake CUDA tensors stand for where there is none."""
+
+
+def capability(device: torch.device) -> int:
+    """10 x major + minor; 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    if not torch.cuda.is_available():
+        return absent_capability
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def config(kind: str, width: int, dtype: torch.dtype, capability: int) -> Config:
     """The tile for one kind of sweep, no wider than it must be."""
-    table = CONFIGS[kind][dtype]
+    table = CONFIGS.get(f"{kind}, {capability // 10}", CONFIGS[kind])[dtype]
     chosen = _INTERPRETED if INTERPRETED else table[min(w for w in table if w >= width)]
     return chosen._replace(BD=min(chosen.BD, max(16, triton.next_power_of_2(width))))
 
@@ -72,15 +109,19 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def maximum_of(scale: float, scale_tensor: Tensor | None, n: int, unit: bool) -> int:
-    """Whether sums of n exponentials of unit rows need a maximum of their own (`known_maximum`)."""
+def ways(
+    scale: float, scale_tensor: Tensor | None, rows: int, n: int, unit: bool
+) -> tuple[tuple[int, bool], ...]:
+    """(MAXIMUM, ASKED) of each launch of a sweep whose rows have sums of n exponentials."""
+    online, known = int(ONLINE.value), int(KNOWN.value)
     if not unit:
-        return int(ONLINE.value)
+        return ((online, False),)
     if scale_tensor is not None:
-        return int(ASK.value)
+        # With few rows a launch costs more than an exponential a pair.
+        return ((known, True), (online, True)) if rows >= MANY else ((online, False),)
     # Well inside what the device allows: both must agree.
-    known = scale > 0 and 2 * 1.008 * scale + math.log(max(n, 1)) <= 139
-    return int(KNOWN.value if known else ONLINE.value)
+    serves = scale > 0 and 2 * 1.008 * scale + math.log(max(n, 1)) <= 139
+    return ((known if serves else online, False),)
 
 
 class Pairs:
@@ -107,7 +148,9 @@ class Pairs:
         self.N, self.D = q.shape
         self.M = len(k)
         self.scale = (float(scale), scale_tensor)
-        self.maximum = maximum_of(*self.scale, max(self.N, self.M), unit)
+        self.ways = ways(*self.scale, self.N, max(self.N, self.M), unit)
+        # Whether rows and columns may share a sweep of the sums (two_sided.py).
+        self.large = self.N >= MANY and self.ways[0][0] == KNOWN.value
         both = row_ids is not None and col_ids is not None
         self.ids = (row_ids, col_ids) if both else (None, None)
         self.extents = (self.N, self.M, offset, self.q.stride(0), self.k.stride(0))
@@ -117,11 +160,19 @@ class Pairs:
             "RECIPROCAL": reciprocal,
         }
 
+    def turned(self) -> "Pairs":
+        """The same with rows and columns exchanged."""
+        other = copy.copy(self)
+        other.q, other.k, other.N, other.M = self.k, self.q, self.M, self.N
+        other.ids = self.ids[::-1]
+        other.extents = (self.M, self.N, 0, self.k.stride(0), self.q.stride(0))
+        return other
+
     def new(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape, dtype=torch.float32)
 
     def config(self, kind: str) -> Config:
-        return config(kind, self.D, self.q.dtype)
+        return config(kind, self.D, self.q.dtype, capability(self.q.device))
 
     def split(self, config: Config, passes: int = 1) -> tuple[int, int]:
         """Parts of the columns, so that few rows fill the card too, and the columns of one."""

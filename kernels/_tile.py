@@ -15,8 +15,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NONE, DIAGONAL, TWINS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Whether a known maximum serves: no, yes, or as the scale says, which only the device has read.
-ONLINE, KNOWN, ASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# How exponents find their maximum: on the way, or known beforehand (`known_maximum`). ASKED: only
+# the device has read the scale; both ways are launched, and the one that does not serve returns.
+ONLINE, KNOWN = tl.constexpr(0), tl.constexpr(1)
 SKIPS = {"none": 0, "diagonal": 1, "twins": 2}
 
 
@@ -131,32 +132,21 @@ def add_exponents(x, top, total):
 
 
 @triton.jit
-def first_top(zero, known, BM: tl.constexpr, MAXIMUM: tl.constexpr):
+def first_top(zero, BM: tl.constexpr, MAXIMUM: tl.constexpr):
     """What the running maximum of BM rows starts from."""
-    nothing = tl.full((BM,), -float("inf"), tl.float32)
-    if MAXIMUM == ONLINE:
-        return nothing
     if MAXIMUM == KNOWN:
         return tl.zeros((BM,), tl.float32) + zero
-    return tl.where(known, zero, nothing)
+    return tl.full((BM,), -float("inf"), tl.float32)
 
 
 @triton.jit
-def accumulate(x, top, total, zero, known, MAXIMUM: tl.constexpr):
+def accumulate(x, top, total, zero, MAXIMUM: tl.constexpr):
     """2^(x - maximum), the maximum and the sum of each row, and what earlier sums were multiplied
     by; `zero` is the maximum where it is known."""
-    if MAXIMUM == ONLINE:
-        return add_exponents(x, top, total)
-    keep = tl.full(total.shape, 1.0, tl.float32)
     if MAXIMUM == KNOWN:
         e = tl.exp2(x - zero)
-        return e, top, total + tl.sum(e, 1), keep
-    if known:
-        e = tl.exp2(x - zero)
-        total += tl.sum(e, 1)
-    else:
-        e, top, total, keep = add_exponents(x, top, total)
-    return e, top, total, keep
+        return e, top, total + tl.sum(e, 1), tl.full(total.shape, 1.0, tl.float32)
+    return add_exponents(x, top, total)
 
 
 @triton.jit

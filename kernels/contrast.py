@@ -6,7 +6,8 @@ in GEMMs g of all pairs and sweeps of exponentials e (rows.py and the sweeps say
     nt_xent             1/2 g / 1/2 e for the sums (1 of each below 4,096 rows), 2 g / 1 e for the
                         gradient
     one_way, dq alone   2 g / 1 e, as pair_mean
-    one_way, two_way    1 g / 1 e a direction for the sums, 2 g / 1 e for each gradient
+    one_way, two_way    1 g / 1 e for the sums (a direction, below 4,096 rows), 2 g / 1 e for each
+                        gradient
 
 With rows that are not normalised, or a scale past the known maximum, sums of nt_xent and gradients
 that serve rows and columns take one exponential more.
@@ -22,13 +23,11 @@ from torch import Tensor
 
 from . import rows
 from ._launch import Pairs, launch
-from ._tile import ONLINE
 from .pair_grad import row_gradient
 from .pair_lse import row_sums
 from .pair_mean import row_means
-from .symmetric import symmetric_sums
+from .two_sided import both_sums
 
-SYMMETRIC_FROM = 4096  # rows: below, a triangle of tiles does not fill a card
 FORMS = ("nt_xent", "one_way", "two_way")
 
 
@@ -127,19 +126,22 @@ class _Contrast:
     def sums(self, mean: bool) -> None:
         """The log-sum-exps; with `mean` also the mean of the keys, from the same sweep."""
         self.lse_col, self.o = self.new(0), None
+        two_way = self.form == "two_way"
         if self.form == "nt_xent":
             pairs = self._pairs(self.z, self.z, "twins")
-            half = pairs.N >= SYMMETRIC_FROM and pairs.maximum != ONLINE.value
-            self.lse = symmetric_sums(pairs) if half else row_sums(pairs)
-            return
-        skip = "none" if self.negatives is not None else "diagonal"
-        pairs = self._pairs(self.z_q, self.z_n, skip)
+        else:
+            skip = "none" if self.negatives is not None else "diagonal"
+            pairs = self._pairs(self.z_q, self.z_n, skip)
         if mean:
             self.lse, self.o = row_means(pairs)
+        elif self.form != "one_way" and pairs.large:
+            self.lse, self.lse_col = both_sums(pairs, symmetric=not two_way)
         else:
-            self.lse = row_sums(pairs)
-        if self.form == "two_way":
-            self.lse_col = row_sums(self._pairs(self.z_k, self.z_q, "diagonal"))
+            self.lse = self.new(pairs.N)
+            row_sums(pairs, self.lse, pairs.ways)
+            if two_way:
+                self.lse_col = self.new(pairs.M)
+                row_sums(pairs.turned(), self.lse_col, pairs.ways)
 
     def _pairs(self, q: Tensor, k: Tensor, skip: str, offset: int = 0) -> Pairs:
         return Pairs(q, k, *self.scaling, skip, offset, unit=self.normalize)

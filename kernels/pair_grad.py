@@ -29,30 +29,17 @@ from ._tile import (
 
 @triton.jit
 def _of_two(x, row_zero, row_weight, col_zero, col_weight):
+    """row_weight e^(s - row_lse) + col_weight e^(s - col_lse)."""
     g = row_weight[:, None] * tl.exp2(x - row_zero[:, None])
     return g + col_weight[None, :] * tl.exp2(x - col_zero[None, :])
 
 
 @triton.jit
 def _of_one(x, row_zero, row_weight, col_zero, col_weight, zero):
+    """The same from e^(s - zero), which serves both where the maximum is known."""
     of_row = row_weight * tl.exp2(zero - row_zero)
     of_col = col_weight * tl.exp2(zero - col_zero)
     return tl.exp2(x - zero) * (of_row[:, None] + of_col[None, :])
-
-
-@triton.jit
-def _weights(x, row_zero, row_weight, col_zero, col_weight, zero, known, MAXIMUM: tl.constexpr):
-    """row_weight e^(s - row_lse) + col_weight e^(s - col_lse): with the maximum known e^(s - zero)
-    serves both."""
-    if MAXIMUM == ONLINE:
-        return _of_two(x, row_zero, row_weight, col_zero, col_weight)
-    if MAXIMUM == KNOWN:
-        return _of_one(x, row_zero, row_weight, col_zero, col_weight, zero)
-    if known:
-        g = _of_one(x, row_zero, row_weight, col_zero, col_weight, zero)
-    else:
-        g = _of_two(x, row_zero, row_weight, col_zero, col_weight)
-    return g
 
 
 @triton.jit
@@ -61,7 +48,7 @@ def _grad(
     scale, scale_ptr, row_ids_ptr, col_ids_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr,
-    MAXIMUM: tl.constexpr,
+    MAXIMUM: tl.constexpr, ASKED: tl.constexpr,
     PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -69,6 +56,9 @@ def _grad(
     at = tl.program_id(2) * BD + tl.arange(0, BD)
     t = scale_of(scale, scale_ptr, RECIPROCAL)
     known, zero = known_maximum(t, tl.maximum(N, M))
+    if ASKED:
+        if known != (MAXIMUM == KNOWN):
+            return
     zero *= LOG2E
     if row_lse_ptr is not None:
         row_lse = tl.load(row_lse_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
@@ -89,7 +79,10 @@ def _grad(
             col_zero = finite_or_zero(col_lse) * LOG2E
             col_weight = tl.load(col_weight_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
         if row_lse_ptr is not None and col_lse_ptr is not None:
-            g = _weights(x, row_zero, row_weight, col_zero, col_weight, zero, known, MAXIMUM)
+            if MAXIMUM == KNOWN:
+                g = _of_one(x, row_zero, row_weight, col_zero, col_weight, zero)
+            else:
+                g = _of_two(x, row_zero, row_weight, col_zero, col_weight)
         elif row_lse_ptr is not None:
             g = row_weight[:, None] * tl.exp2(x - row_zero[:, None])
         elif col_lse_ptr is not None:
@@ -122,11 +115,14 @@ def row_gradient(
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)
     dq = pairs.new(parts, N, D)
-    launch(
-        _grad, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, dq, *by_row, *by_col,
-        *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN, config.BD,
-        scaled, pairs.maximum, **pairs.flags, **config.run(),
-    )  # fmt: skip
+    # One exponential serves either way where rows or columns alone have weights.
+    two = row_weight is not None and col_weight is not None
+    for maximum, asked in pairs.ways if two else ((int(ONLINE.value), False),):
+        launch(
+            _grad, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, dq, *by_row,
+            *by_col, *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN,
+            config.BD, scaled, maximum, asked, **pairs.flags, **config.run(),
+        )  # fmt: skip
     return dq[0] if parts == 1 else dq.sum(0)
 
 

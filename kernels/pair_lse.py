@@ -6,12 +6,15 @@ these two numbers. With few rows the columns are split so that the card is full,
 adds the parts in their order: the same bits every run. Bytes: q once, k once for every BM rows.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._launch import Pairs, launch
 from ._tile import (
+    KNOWN,
     LOG2E,
     accumulate,
     finite_or_zero,
@@ -29,15 +32,19 @@ from ._tile import (
 def _lse(
     q_ptr, k_ptr, lse_ptr, top_ptr, total_ptr, scale, scale_ptr, row_ids_ptr, col_ids_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MAXIMUM: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    MAXIMUM: tl.constexpr, ASKED: tl.constexpr,
     PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     t = scale_of(scale, scale_ptr, RECIPROCAL)
-    known, zero = known_maximum(t, M)
+    known, zero = known_maximum(t, tl.maximum(N, M))
+    if ASKED:
+        if known != (MAXIMUM == KNOWN):
+            return
     zero *= LOG2E
-    top = first_top(zero, known, BM, MAXIMUM)
+    top = first_top(zero, BM, MAXIMUM)
     total = tl.zeros((BM,), tl.float32)
     at = tl.arange(0, BD)
     q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
@@ -49,7 +56,7 @@ def _lse(
             q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
         )  # fmt: skip
         x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
-        e, top, total, keep = accumulate(x, top, total, zero, known, MAXIMUM)
+        e, top, total, keep = accumulate(x, top, total, zero, MAXIMUM)
     if lse_ptr is not None:
         tl.store(lse_ptr + rows, log_of(top, total), mask=rows < N)
     else:
@@ -90,20 +97,23 @@ def pair_lse(
     col_ids: Tensor | None = None,
 ) -> Tensor:
     """`reference.pair_lse`."""
-    return row_sums(Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids))
+    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids)
+    lse = pairs.new(pairs.N)
+    row_sums(pairs, lse, pairs.ways)
+    return lse
 
 
-def row_sums(pairs: Pairs) -> Tensor:
-    """The log-sum-exp of each row, (N,) in float32."""
+def row_sums(pairs: Pairs, lse: Tensor, ways: Sequence[tuple[int, bool]]) -> None:
+    """Fills `lse`, (N,) in float32; parts of it are there only if one of the ways serves."""
     config, N = pairs.config("sums"), pairs.N
     parts, columns = pairs.split(config)
-    lse = pairs.new(N)
     top, total = (pairs.new(parts, N), pairs.new(parts, N)) if parts > 1 else (None, None)
-    launch(
-        _lse, (triton.cdiv(N, config.BM), parts), pairs.q, pairs.k,
-        lse if parts == 1 else None, top, total, *pairs.scale, *pairs.ids, *pairs.extents, columns,
-        pairs.D, config.BM, config.BN, config.BD, pairs.maximum, **pairs.flags, **config.run(),
-    )  # fmt: skip
+    for maximum, asked in ways:
+        launch(
+            _lse, (triton.cdiv(N, config.BM), parts), pairs.q, pairs.k,
+            lse if parts == 1 else None, top, total, *pairs.scale, *pairs.ids, *pairs.extents,
+            columns, pairs.D, config.BM, config.BN, config.BD, maximum, asked, **pairs.flags,
+            **config.run(),
+        )  # fmt: skip
     if parts > 1:
         launch(combine, (triton.cdiv(N, 256),), top, total, lse, N, parts, 256)
-    return lse

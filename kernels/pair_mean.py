@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._launch import Pairs, launch
 from ._tile import (
+    KNOWN,
     LOG2E,
     accumulate,
     first_top,
@@ -30,16 +31,20 @@ from ._tile import (
 def _mean(
     q_ptr, k_ptr, o_ptr, lse_ptr, top_ptr, total_ptr, scale, scale_ptr, row_ids_ptr, col_ids_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MAXIMUM: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    MAXIMUM: tl.constexpr, ASKED: tl.constexpr,
     PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     at = tl.program_id(2) * BD + tl.arange(0, BD)
     t = scale_of(scale, scale_ptr, RECIPROCAL)
-    known, zero = known_maximum(t, M)
+    known, zero = known_maximum(t, tl.maximum(N, M))
+    if ASKED:
+        if known != (MAXIMUM == KNOWN):
+            return
     zero *= LOG2E
-    top = first_top(zero, known, BM, MAXIMUM)
+    top = first_top(zero, BM, MAXIMUM)
     total = tl.zeros((BM,), tl.float32)
     o = tl.zeros((BM, BD), tl.float32)
     q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
@@ -51,7 +56,7 @@ def _mean(
             q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
         )  # fmt: skip
         x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
-        e, top, total, keep = accumulate(x, top, total, zero, known, MAXIMUM)
+        e, top, total, keep = accumulate(x, top, total, zero, MAXIMUM)
         o = weighted_rows(e, k, o * keep[:, None], PRECISION)
     if top_ptr is None:
         o = o / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -119,11 +124,12 @@ def row_means(pairs: Pairs) -> tuple[Tensor, Tensor]:
     if parts > 1:
         top, total = pairs.new(parts, N), pairs.new(parts, N)
         of_parts = pairs.new(parts, N, D)
-    launch(
-        _mean, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, of_parts, lse, top,
-        total, *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN,
-        config.BD, pairs.maximum, **pairs.flags, **config.run(),
-    )  # fmt: skip
+    for maximum, asked in pairs.ways:
+        launch(
+            _mean, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, of_parts, lse, top,
+            total, *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN,
+            config.BD, maximum, asked, **pairs.flags, **config.run(),
+        )  # fmt: skip
     if parts > 1:
         launch(
             _combine, (triton.cdiv(N, 32), passes), of_parts, top, total, o, lse, N, parts, D, 32,

@@ -19,8 +19,7 @@ from dense import error
 from torch._subclasses import FakeTensorMode
 
 from clae_fast import nt_xent_loss, reference, triton_backend, uel_loss, use_backend, value_and_grad
-from clae_fast.kernels import _launch, symmetric
-from clae_fast.kernels import contrast as contrast_kernels
+from clae_fast.kernels import _launch, two_sided
 from clae_fast.ops import raw
 
 pytestmark = pytest.mark.skipif(
@@ -166,7 +165,7 @@ def test_contrast(form, need, normalize, shape, dtype):
 def test_known_maximum(form, t, by_pointer, B, monkeypatch):
     """Sums on the upper triangle, exponentials that serve rows and columns; the device decides
     where it alone knows the scale. Past 2 t + ln n = 140 every row has its own maximum."""
-    monkeypatch.setattr(contrast_kernels, "SYMMETRIC_FROM", 0)
+    monkeypatch.setattr(_launch, "MANY", 0)
     q = torch.randn(B, 20)
     k = q + 0.3 * torch.randn(B, 20) if B > 5 else torch.randn(B, 20)
     negatives, form = (torch.randn(70, 20), "one_way") if form == "queue" else (None, form)
@@ -184,14 +183,20 @@ def test_known_maximum(form, t, by_pointer, B, monkeypatch):
 
 def test_which_maximum_is_known():
     """What the host says of a number, the device says of a tensor; both leave room to the limit."""
-    n = 8192
-    for scale, expected in ((10.0, 1), (64.0, 1), (66.0, 0), (-1.0, 0), (0.0, 0), (math.nan, 0)):
-        assert _launch.maximum_of(scale, None, n, True) == expected
-        assert _launch.maximum_of(scale, None, n, False) == 0
-    assert _launch.maximum_of(1.0, torch.tensor(1.0), n, True) == 2
+    online, known, n = ((0, False),), ((1, False),), 8192
+    for scale, expected in (
+        (10.0, known), (64.0, known), (66.0, online), (-1.0, online), (0.0, online),
+        (math.nan, online),
+    ):  # fmt: skip
+        assert _launch.ways(scale, None, n, n, True) == expected
+        assert _launch.ways(scale, None, n, n, False) == online
+    t = torch.tensor(1.0)
+    assert _launch.ways(1.0, t, n, n, True) == ((1, True), (0, True))
+    assert _launch.ways(1.0, t, n, n, False) == online
+    assert _launch.ways(1.0, t, 100, n, True) == online  # a launch costs more
     limit = (140 - math.log(n)) / 2.016
-    assert _launch.maximum_of(limit * 0.99, None, n, True) == 1
-    assert _launch.maximum_of(limit * 1.001, None, n, True) == 0
+    assert _launch.ways(limit * 0.99, None, n, n, True) == known
+    assert _launch.ways(limit * 1.001, None, n, n, True) == online
 
 
 def test_strips_of_the_triangle():
@@ -200,7 +205,7 @@ def test_strips_of_the_triangle():
     @triton.jit
     def strips(out, tiles, first, BLOCK: tl.constexpr):
         at = tl.arange(0, BLOCK)
-        tl.store(out + at, symmetric._strip_of(first + at, tiles))
+        tl.store(out + at, two_sided._strip_of(first + at, tiles, True))
 
     for tiles in (1, 2, 3, 7, 1024, 4096):
         count, out = tiles * (tiles + 1) // 2, torch.empty(1024, dtype=torch.int32)
