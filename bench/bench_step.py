@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 from replay import REPLAY
+from shapes import STEP_METHODS
 
 from clae_fast.pretraining import PretrainConfig
 from clae_fast.pretraining.config import VARIANTS
@@ -14,7 +15,7 @@ from clae_fast.pretraining.data import ImageData
 from clae_fast.pretraining.step_cost import step_costs
 
 BATCH, PIXELS = 32, 32
-CASES = [(method, variant) for method in ("simclr", "plain") for variant in VARIANTS]
+CASES = [(method, variant) for method in STEP_METHODS for variant in VARIANTS]
 
 
 def measure(bench, method):

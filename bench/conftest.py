@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from providers import missing, versions
 
 from clae_fast.pretraining.files import unwritable_reason, write_whole
@@ -53,13 +54,22 @@ def device_of(name):
     return name
 
 
+def not_a_folder(path):
+    """Why no file can be made there, or None."""
+    while not path.exists():
+        path = path.parent
+    return unwritable_reason(path) if path.is_dir() else f"{path} is a file"
+
+
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads its options
 def pytest_configure(config):
     path = config.getoption("--results")
     if path is not None and (
-        reason := "a folder" if path.is_dir() else unwritable_reason(path.absolute().parent)
+        reason := "a folder" if path.is_dir() else not_a_folder(path.absolute().parent)
     ):
         raise pytest.UsageError(f"--results {path}: expected a file that can be written ({reason})")
+    # What is timed as compiled was compiled.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     config.bench = Session(config)
     if config.bench.quick:
         config.option.benchmark_quiet = True  # no table of times

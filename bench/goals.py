@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 Records = list[dict[str, Any]]
@@ -57,16 +58,17 @@ def goals(records: Records, mine: str) -> list[Goal]:
         if ours is not None and others:
             what = f"{shape}, against the better of eager and compiled"
             found.append(Goal(what, asked, min(others) / ours, more=True))
-    slowest = [
-        (quartiles[1], shape, other)
+    ratios = {
+        f"{shape}, {other}": quartiles[1]
         for (shape, mode, provider), r in timed.items()
         if mode == "forward+backward" and provider == mine
         for other, quartiles in r["times_as_fast_as"].items()
         if not other.startswith("clae_fast")
-    ]
-    if slowest:
-        least, shape, other = min(slowest)
-        found.append(Goal(f"never slower; least: {shape}, {other}", 1.0, least, more=True))
+    }
+    if ratios:
+        least = min(ratios, key=lambda name: ratios[name])
+        what = f"never slower than another; least: {least}"
+        found.append(Goal(what + _more(ratios, least, below=1), 1.0, ratios[least], more=True))
     shares = {
         shape: r["share_of_forward_backward"]
         for (shape, mode, provider), r in timed.items()
@@ -76,8 +78,9 @@ def goals(records: Records, mine: str) -> list[Goal]:
     if FUSED[0] in shares:
         found.append(Goal(f"{own}, {FUSED[0]}", FUSED[1], shares[FUSED[0]], more=False))
     if shares:
-        shape = max(shares, key=lambda name: shares[name])
-        found.append(Goal(f"{own}, most: {shape}", 1.0, shares[shape], more=False))
+        most = max(shares, key=lambda name: shares[name])
+        what = f"{own}; most: {most}"
+        found.append(Goal(what + _more(shares, most, above=1), 1.0, shares[most], more=False))
     for r in records:
         if r["kind"] == "growth":
             what, peak = "65,536 rows, memory beyond the inputs", r["peak_bytes_65536"] / 1e6
@@ -87,3 +90,15 @@ def goals(records: Records, mine: str) -> list[Goal]:
             fast = r["times_as_fast_as_published"]
             found.append(Goal(what, OF_THE_STEP[r["method"]], fast, more=True))
     return found
+
+
+def _more(
+    values: dict[str, float], worst: str, below: float = -math.inf, above: float = math.inf
+) -> str:
+    """What else misses."""
+    others = [
+        f"{name} {value:.2f}x"
+        for name, value in values.items()
+        if name != worst and (value < below or value > above)
+    ]
+    return f" (also {'; '.join(others)})" if others else ""

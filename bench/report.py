@@ -73,8 +73,9 @@ def loss_table(result: Result) -> list[str]:
     fused = losses(result, "value_and_grad")
     lines = [
         f"| shape | N x M, D | {mine}, ms | eager | compiled | best other, ms | times as fast "
-        "[quartiles] | `value_and_grad`, ms | gradient error | needed products / s, of `mm`'s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "[quartiles] | rounds | `value_and_grad`, ms | gradient error | needed products / s, "
+        "of `mm`'s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for shape, by_name in losses(result, "forward+backward").items():
         ours = by_name.get(mine)
@@ -92,6 +93,7 @@ def loss_table(result: Result) -> list[str]:
             cell(by_name.get("compiled")),
             "-" if best is None else f"{best}, {cell(by_name[best])}",
             "-" if best is None else factor(ours["times_as_fast_as"][best]),
+            str(ours.get("rounds", "-")),
             cell(fused.get(shape, {}).get(mine)),
             "-" if error is None else f"{error:.0e}",
             share,
@@ -231,8 +233,9 @@ def block(result: Result, images: list[str]) -> str:
         "and 256 rows of the gradients). Last column: the products that no plan can do without (S "
         "and one gradient's for NT-Xent, UEL and a queue, S and both gradients' else; not ours, "
         "which may be fewer by symmetry or more by doing S again), over the time, against the rate "
-        "of a square `torch.mm` right after it; short calls are far from it, symmetry and a noisy "
-        "neighbour at the wrong moment lift it past 100 %.",
+        "of a square `torch.mm` of the dtype right after it; short calls are far from it, symmetry "
+        "and a noisy neighbour at the wrong moment lift it past 100 %. What computes in bfloat16 "
+        "throughout is off by more than the limit for bfloat16 inputs, 5e-3 of the gradient.",
         "\n".join(loss_table(result)),
         "\n".join([*peers(result), *wrong(result)]),
         "\n".join(forward_table(result)),

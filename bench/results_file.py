@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES
+from shapes import MEMORY_PROVIDERS, MEMORY_SHAPES, SHAPES, STEP_METHODS
+
+from clae_fast.pretraining.config import VARIANTS
 
 OURS = ("clae_fast-cuda", "clae_fast-triton", "clae_fast-cpp")  # the first that was measured
 Result = dict[str, Any]
-NEEDED = {  # of a record by its kind
-    "loss": ("shape", "mode", "provider", "loss", "rows", "columns", "width", "dtype"),
-    "memory": ("shape", "provider", "rows", "bytes"),
-    "step": (
-        "method", "variant", "seconds", "times_baseline", "times_as_fast_as_published", "forwards",
-        "encoder", "batch", "pixels", "rounds",
-    ),
-    "growth": ("rows", "exponent", "peak_bytes_65536"),
-}  # fmt: skip
-OF_A_TIME = ("seconds", "rounds", "times_as_fast_as", "gemm_gflops", "share_of_gemm_ceiling")
 OF_THE_RUN = ("machine", "threads", "torch", "commit", "date")
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _positive(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf
+
+
+def _error(x: Any) -> bool:
+    return x is None or (isinstance(x, (int, float)) and x >= 0)  # inf: no gradient at all
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str) and x.isprintable() and "<!--" not in x and "|" not in x
+
+
+def _ratios(x: Any) -> bool:
+    return isinstance(x, dict) and all(
+        isinstance(three, list) and len(three) == 3 and all(map(_positive, three))
+        for three in x.values()
+    )
+
+
+def _counts(x: Any) -> bool:
+    return isinstance(x, list) and len(x) > 0 and all(map(_count, x))
+
+
+Fields = dict[str, Callable[[Any], bool]]
+FIELDS: dict[str, Fields] = {  # of a record by its kind
+    "loss": {
+        "shape": _text, "mode": _text, "provider": _text, "loss": _text, "dtype": _text,
+        "rows": _count, "columns": _count, "width": _count,
+    },
+    "memory": {"shape": _text, "provider": _text, "rows": _count, "bytes": _count},
+    "step": {
+        "method": _text, "variant": _text, "encoder": _text, "batch": _count, "pixels": _count,
+        "rounds": _count, "seconds": _positive, "times_baseline": _positive,
+        "times_as_fast_as_published": _positive, "forwards": _positive,
+    },
+    "growth": {"rows": _counts, "exponent": _positive, "peak_bytes_65536": _count},
+}  # fmt: skip
+OF_A_TIME: Fields = {
+    "seconds": _positive, "rounds": _count, "times_as_fast_as": _ratios, "gemm_gflops": _positive,
+    "share_of_gemm_ceiling": _positive, "loss_error": _error, "gradient_error": _error,
+}  # fmt: skip
+Key = tuple[str, ...]
 
 
 class ReportError(ValueError):
@@ -58,25 +100,51 @@ def _lacks(found: Result) -> str | None:
     for name in OF_THE_RUN:
         if name not in facts:
             return f"provenance has no {name}"
+    for name, value in facts.items():
+        if not _text(value):
+            return f"provenance has {name} {value!r}"
+    seen: set[Key] = set()
     for i, record in enumerate(records):
         kind = record.get("kind") if isinstance(record, dict) else None
-        if kind not in NEEDED:
+        if kind not in FIELDS:
             return f"record {i} is of no known kind"
-        timed = OF_A_TIME if kind == "loss" and "wrong" not in record else ()
-        for name in (*NEEDED[kind], *timed):
+        timed = OF_A_TIME if kind == "loss" and "wrong" not in record else {}
+        for name, right in (FIELDS[kind] | timed).items():
             if name not in record:
                 return f"record {i} ({kind}) has no {name}"
+            if not right(record[name]):
+                return f"record {i} ({kind}) has {name} {record[name]!r}"
+        if key(record) in seen:
+            return f"record {i} ({kind}) is there twice"
+        seen.add(key(record))
     return None
+
+
+def key(record: dict[str, Any]) -> Key:
+    """What a record is of."""
+    names = ("kind", "shape", "mode", "provider", "method", "variant")
+    return tuple(str(record[name]) for name in names if name in record)
+
+
+def whole(mine: str) -> list[Key]:
+    """What the tables and goals are made of."""
+    found: list[Key] = [("growth",)]
+    for shape in SHAPES:
+        for mode in ("forward", "forward+backward"):
+            found += [("loss", shape.name, mode, name) for name in (mine, "eager", "compiled")]
+        found.append(("loss", shape.name, "value_and_grad", mine))
+    found += [("memory", shape, name) for shape in MEMORY_SHAPES for name in MEMORY_PROVIDERS]
+    found += [("step", method, variant) for method in STEP_METHODS for variant in VARIANTS]
+    return found
 
 
 def incomplete(result: Result) -> str | None:
     """What a run left out, as `-k` or an interrupt does: its tables would replace whole ones."""
-    there = losses(result, "forward+backward")
-    lack = [s.name for s in SHAPES if ours_of(result) not in there.get(s.name, {})]
-    lack += [
-        kind for kind in ("step", "memory") if all(r["kind"] != kind for r in result["records"])
-    ]
-    return f"it lacks {', '.join(lack)}" if lack else None
+    there = {key(record) for record in result["records"]}
+    lack = [" ".join(what) for what in whole(ours_of(result)) if what not in there]
+    if not lack:
+        return None
+    return f"it lacks {', '.join(lack[:3])}" + (f" and {len(lack) - 3} more" if lack[3:] else "")
 
 
 def losses(result: Result, mode: str) -> dict[str, dict[str, dict[str, Any]]]:

@@ -66,3 +66,7 @@ SHAPES = (
     Shape("clip-1024-d512-scale100", "clip", 1024, 512, 0.01, noise=5.0),  # CLIP's clamp
 )
 BY_NAME = {shape.name: shape for shape in SHAPES}
+
+MEMORY_SHAPES = ("simclr-2048", "simclr-8192", "clip-4096-d768", "queue-65536")
+MEMORY_PROVIDERS = ("clae_fast-cpp", "eager", "compiled")
+STEP_METHODS = ("simclr", "plain")

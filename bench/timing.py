@@ -36,7 +36,7 @@ def interleaved(
         prepare: called once before every round, not timed.
         device: "cpu" or a CUDA device.
         seconds: about how long all rounds may take.
-        rounds: their number; None: as `seconds` allow, 3 or 7 to 200.
+        rounds: their number; None: as `seconds` allow, 7 to 200.
     """
     clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
     prepare(0)
@@ -45,7 +45,7 @@ def interleaved(
     prepare(1)
     once = sum(clock(call) for call in calls.values())
     if rounds is None:
-        rounds = int(min(200, max(3 if once > 2 else 7, seconds / max(once, 1e-9))))
+        rounds = int(min(200, max(7, seconds / max(once, 1e-9))))
     order = random.Random(0)
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
@@ -101,9 +101,9 @@ def ratios(ours: list[float], others: list[float]) -> tuple[float, float, float]
     return low, middle, high
 
 
-def gemm_ceiling(device: str = "cpu", n: int = 2048) -> float:
-    """FLOP/s of a square float32 product on this machine, now: the best of ten."""
-    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+def gemm_ceiling(device: str = "cpu", n: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a square product of that dtype on this machine, now: the best of ten."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
     torch.mm(a, b, out=out)

@@ -370,6 +370,30 @@ def test_a_pause_is_never_far(op, shape, dtype, monkeypatch):
     assert max(took) < 1.0, took
 
 
+def test_every_sweep_can_pause(monkeypatch):
+    """Also the one that gathers gradients from kept exponentials: O(N M D), so with wide rows it
+    takes seconds."""
+    steps = []
+
+    def run(op, *args):
+        memory, token = torch.empty(-op(*args, None, 0, 0) or 1 << 28, dtype=torch.uint8), 0
+        while token := op(*args, memory, token, 0):
+            steps.append(token & (1 << 31) - 1)
+
+    monkeypatch.setattr(cpp_pairs, "_run", run)
+    q = torch.randn(1024, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        contrast("nt_xent", q, q + 1, None, 10.0, (True, True, False, True))
+    finally:
+        torch.set_num_threads(before)
+    pauses = [steps.count(step) for step in sorted(set(steps))]
+    assert len(pauses) >= 3  # the sums, the turn, the gradients
+    assert pauses[-1] > 8
+    assert max(pauses) > 60
+
+
 # ---------------------------------------------------------------------------------- refusals
 
 

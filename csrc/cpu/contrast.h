@@ -14,7 +14,7 @@
 // more are enough. Everything else is O(N D).
 //
 // A run is a number of steps: pack, first sweep, turn (log-sum-exps to weights), second sweep,
-// finish. Between two steps the caller may pause.
+// finish. The caller may pause between two steps, or two tasks of what takes O(N M) time.
 #pragma once
 
 #include "contrast_parts.h"
@@ -111,7 +111,7 @@ class Contrast {
     } else if (step < finish_step()) {
       return sweep(second_, Task::kGradient, step - turn_step() - 1, first, parallel);
     } else {
-      finish(parallel);
+      return finish(first, parallel);
     }
     return 0;
   }
@@ -258,7 +258,7 @@ class Contrast {
     return log_sum<C>(operand.sum[i], sweep_.known ? shift_ : double(operand.top[i]));
   }
 
-  // Runs whole, as `finish` does: a pause inside would clear what was added up, or give it twice.
+  // Runs whole: a pause inside would clear what was added up.
   template <typename Parallel>
   void turn(const Parallel& parallel) {
     for (const Operand<C>* operand : {&a_, &b_}) {
@@ -320,29 +320,30 @@ class Contrast {
   }
 
   template <typename Parallel>
-  void finish(const Parallel& parallel) {
+  std::int64_t finish(std::int64_t first, const Parallel& parallel) {
     if (kept_) {
-      gather(parallel);
+      if (const std::int64_t next = gather(first, parallel); next != 0) return next;
     } else {
       give(parallel, a_);
       give(parallel, b_);
     }
     if (queue_ && out_.dk != nullptr) give(parallel, positive_);
-    if (out_.dscale == nullptr) return;
+    if (out_.dscale == nullptr) return 0;
     const bool stacked = form_ == Form::kNtXent;
     double sum = 0;
     for (std::int64_t i = 0; i < rows(); ++i) sum += (stacked ? 0.5 : 1.0) * double(euler_[i]);
     for (std::int64_t i = 0; i < batch_; ++i) sum -= double(share(i)) * double(cosine_[i]);
     *out_.dscale = C(sum) * out_.factor;
+    return 0;
   }
 
   // One task per tile of rows, or of columns, from the kept exponentials to the caller's rows.
   template <typename Parallel>
-  void gather(const Parallel& parallel) {
+  std::int64_t gather(std::int64_t first, const Parallel& parallel) {
     const std::int64_t I_tiles = first_.row_tiles, J_tiles = first_.col_tiles;
     const std::int64_t of_columns = sweep_.symmetric ? 0 : J_tiles;
     const double work = 2.0 * double(row_edge_) * double(columns()) * double(width_);
-    parallel(I_tiles + of_columns, work, [&](std::int64_t task, C* buffer) {
+    return parallel.some(I_tiles + of_columns, work, first, [&](std::int64_t task, C* buffer) {
       if (task >= I_tiles) {
         const std::int64_t J = task - I_tiles;
         if (!sweep_.col.wants(J)) return;
