@@ -32,6 +32,10 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+# Wider rows leave the sums and gradients to wide.py: BM x BD of the result no longer fit in
+# registers beside whole tiles. Three tf32 products for a float32 one take three times the
+# registers, and no product that cuBLAS has gives float16 weights their range.
+FUSED_WIDTH = {torch.bfloat16: 256, torch.float32: 64, torch.float16: MAX_WIDTH}
 # "sums" keep nothing D wide and take the width in chunks, "two-sided" in square tiles, "uel" with
 # more numbers a row; "gradient" keeps BM x BD of the result, and wider rows are written in several
 # passes. By dtype, then width: what compiles without a spill (bench/aot.py), where it can be with
@@ -42,6 +46,11 @@ _HALF_MORE = {64: Config(128, 128, 64, 16, 2), MAX_WIDTH: Config(128, 128, 128, 
 _HALF_UEL = {64: Config(64, 128, 64, 8, 2), MAX_WIDTH: Config(64, 128, 128, 8, 2)}
 _FLOAT_SUMS = {MAX_WIDTH: Config(64, 64, 32, 4, 3)}
 _FLOAT_UEL = {MAX_WIDTH: Config(64, 64, 32, 8, 3)}
+_HALF_GRADIENT = {
+    64: Config(128, 128, 64, 8, 2),
+    128: Config(128, 64, 128, 8, 2),
+    MAX_WIDTH: Config(64, 64, 256, 8, 2),
+}
 # The weights of float16 rows are multiplied as tf32, which takes twice the registers.
 _FLOAT16_GRADIENT = {64: Config(64, 64, 64, 4, 2), MAX_WIDTH: Config(64, 64, 128, 8, 2)}
 _FLOAT_GRADIENT = {MAX_WIDTH: Config(64, 16, 64, 4, 2)}
@@ -55,28 +64,7 @@ CONFIGS = {
         FLOAT16: _HALF_UEL,
         FLOAT32: {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
     },
-    "gradient": {
-        BFLOAT16: {
-            64: Config(128, 128, 64, 8, 2),
-            128: Config(128, 64, 128, 8, 2),
-            256: Config(64, 64, 256, 8, 2),
-            512: Config(64, 32, 512, 8, 2),
-            1024: Config(32, 32, 1024, 8, 2),
-            MAX_WIDTH: Config(64, 64, 256, 8, 2),
-        },
-        FLOAT16: _FLOAT16_GRADIENT,
-        FLOAT32: _FLOAT_GRADIENT,
-    },
-    # With more arithmetic a pair: not as wide.
-    "busy gradient": {
-        BFLOAT16: {
-            64: Config(128, 128, 64, 8, 2),
-            128: Config(128, 64, 128, 8, 2),
-            MAX_WIDTH: Config(64, 64, 256, 8, 2),
-        },
-        FLOAT16: _FLOAT16_GRADIENT,
-        FLOAT32: _FLOAT_GRADIENT,
-    },
+    "gradient": {BFLOAT16: _HALF_GRADIENT, FLOAT16: _FLOAT16_GRADIENT, FLOAT32: _FLOAT_GRADIENT},
 }
 _INTERPRETED = Config(32, 32, 32, 4, 1)  # small sizes still meet several tiles
 
@@ -150,21 +138,22 @@ class Pairs:
         self.scale = (float(scale), scale_tensor)
         self.ways = ways(*self.scale, self.N, max(self.N, self.M), unit)
         # Whether rows and columns may share a sweep of the sums (two_sided.py).
-        self.large = self.N >= MANY and self.ways[0][0] == KNOWN.value
+        fused = FUSED_WIDTH[q.dtype]
+        self.wide = fused < self.D
+        self.large = self.N >= MANY and self.ways[0][0] == KNOWN.value and not self.wide
         both = row_ids is not None and col_ids is not None
         self.ids = (row_ids, col_ids) if both else (None, None)
+        self.offset = offset
         self.extents = (self.N, self.M, offset, self.q.stride(0), self.k.stride(0))
-        self.flags = {
-            "PRECISION": precision(q.dtype),
-            "SKIP": SKIPS[skip],
-            "RECIPROCAL": reciprocal,
-        }
+        self.rules = {"SKIP": SKIPS[skip], "RECIPROCAL": reciprocal}
+        self.flags = {"PRECISION": precision(q.dtype), **self.rules}
 
     def turned(self) -> "Pairs":
         """The same with rows and columns exchanged."""
         other = copy.copy(self)
         other.q, other.k, other.N, other.M = self.k, self.q, self.M, self.N
         other.ids = self.ids[::-1]
+        other.offset = 0
         other.extents = (self.M, self.N, 0, self.k.stride(0), self.q.stride(0))
         return other
 

@@ -7,10 +7,13 @@ the columns; past BD the similarities are made again for every BD of the output.
 to one element; parts are added in their order: the same bits every run. Nothing is saved.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..numerics import effective_scale
+from . import wide
 from ._launch import Pairs, launch
 from ._tile import (
     KNOWN,
@@ -111,6 +114,11 @@ def row_gradient(
     by_col = (
         (col_lse, col_weight) if col_lse is not None and col_weight is not None else (None,) * 2
     )
+    if pairs.wide:
+        dq = wide.row_gradient(pairs, by_row, by_col)
+        if scaled:
+            dq *= effective_scale(*pairs.scale, pairs.rules["RECIPROCAL"], torch.float32)
+        return dq
     config, N, D = pairs.config("gradient"), pairs.N, pairs.D
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import wide
 from ._launch import Pairs, launch
 from ._tile import (
     KNOWN,
@@ -105,6 +106,8 @@ def pair_lse(
 
 def row_sums(pairs: Pairs, lse: Tensor, ways: Sequence[tuple[int, bool]]) -> None:
     """Fills `lse`, (N,) in float32; parts of it are there only if one of the ways serves."""
+    if pairs.wide:
+        return wide.row_sums(pairs, lse)
     config, N = pairs.config("sums"), pairs.N
     parts, columns = pairs.split(config)
     top, total = (pairs.new(parts, N), pairs.new(parts, N)) if parts > 1 else (None, None)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import wide
 from ._launch import Pairs, launch
 from ._tile import (
     KNOWN,
@@ -115,6 +116,8 @@ def pair_mean(
 
 def row_means(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """The log-sum-exp of each row, (N,), and the mean of the keys, (N, D), in float32."""
+    if pairs.wide:
+        return wide.row_means(pairs)
     config, N, D = pairs.config("gradient"), pairs.N, pairs.D
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)
@@ -132,7 +135,7 @@ def row_means(pairs: Pairs) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
     if parts > 1:
         launch(
-            _combine, (triton.cdiv(N, 32), passes), of_parts, top, total, o, lse, N, parts, D, 32,
-            config.BD,
+            _combine, (triton.cdiv(N, 32), triton.cdiv(D, 64)), of_parts, top, total, o, lse, N,
+            parts, D, 32, 64,
         )  # fmt: skip
     return lse, o

@@ -95,7 +95,7 @@ def pair_sigmoid(
         pairs: Pairs, loss: Tensor | None, slope: Tensor | None, dx: Tensor | None, *weights: Any
     ) -> None:
         # Without a gradient one pass over the width is enough, whatever it is.
-        config = pairs.config("busy gradient")
+        config = pairs.config("gradient")
         passes = 1 if dx is None else triton.cdiv(pairs.D, config.BD)
         launch(
             _sigmoid, (triton.cdiv(pairs.N, config.BM), passes), pairs.q, pairs.k, loss, slope, dx,

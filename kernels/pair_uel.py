@@ -203,7 +203,7 @@ def pair_uel(
     pairs = Pairs(q, k, scale, scale_tensor, reciprocal, "twins", 0, row_ids, col_ids)
     N, D, m = pairs.N, pairs.D, float(negative_weight)
     log_m, log_m1 = math.log(m), math.log(m - 1) if m > 1 else -math.inf
-    sums, gradient = pairs.config("uel"), pairs.config("busy gradient")
+    sums, gradient = pairs.config("uel"), pairs.config("gradient")
     log_z, margin, loss, below, odds = (pairs.new(N) for _ in range(5))
     index = q.new_empty(N, dtype=torch.int32)
     blocks = (triton.cdiv(N, sums.BM),)

@@ -13,6 +13,22 @@ if not torch.cuda.is_available():  # before a test imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(config, items):
+    """What only a GPU can run is left out where there is none, and counted."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if "gpu_only" in item.keywords]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if "gpu_only" not in item.keywords]
+    if left_out:
+        config.left_out = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := getattr(config, "left_out", 0):
+        terminalreporter.write_line(f"{count} tests need a GPU (tests/test_gpu.py): not run here")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""The Triton kernels, run on the CPU by Triton's interpreter, against the float64 specification.
+"""The Triton kernels against the float64 specification: on a GPU, or by Triton's interpreter.
 
 The interpreter's float32-to-bfloat16 store truncates, where a GPU rounds: bfloat16 limits are twice
-those of the design.
+those of the design there.
 """
 
 import functools
@@ -19,17 +19,25 @@ from dense import error
 from torch._subclasses import FakeTensorMode
 
 from clae_fast import nt_xent_loss, reference, triton_backend, uel_loss, use_backend, value_and_grad
-from clae_fast.kernels import _launch, two_sided
+from clae_fast.kernels import _launch, two_sided, wide
 from clae_fast.ops import raw
 
-pytestmark = pytest.mark.skipif(
-    not triton_backend.interpreted(), reason="a GPU is here: tests of the GPU run the kernels"
-)
+pytestmark = pytest.mark.gpu
+GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One row; odd; several tiles of 32, several chunks of the width, and the columns split.
 SHAPES = [(1, 2, 3), (9, 10, 5), (33, 140, 70)]
 SKIPS = ["none", "diagonal", "diagonal+2", "twins", "ids", "twins+ids"]
-GRADIENT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+GRADIENT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3 if GPU else 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    """On the GPU where there is one."""
+    if GPU:
+        torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -216,6 +224,48 @@ def test_strips_of_the_triangle():
             assert torch.equal(out[: len(expected)].long(), expected), tiles
 
 
+WIDE_NEEDS = [(False, False, False, False), (True, True, True, True)]
+
+
+@pytest.mark.parametrize("form", ["nt_xent", "one_way", "queue", "two_way"])
+@pytest.mark.parametrize("need", WIDE_NEEDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [7, 2048])
+def test_wide_rows(form, need, dtype, rows, monkeypatch):
+    """Similarities in memory, block by block: of one block, and of many."""
+    monkeypatch.setattr(_launch, "FUSED_WIDTH", dict.fromkeys(DTYPES, 16))
+    monkeypatch.setattr(wide, "ROWS", rows)
+    if rows == 7:
+        monkeypatch.setattr(wide, "BLOCK_BYTES", 4 * 7 * 11)
+    q, k, n = (torch.randn(rows, 20).to(dtype) for rows in (20, 20, 33))
+    negatives, form = (n, "one_way") if form == "queue" else (None, form)
+    out, expected = both("contrast", q, k, negatives, 3.0, None, False, form, True, *need)
+    rounded = 2e-6 if dtype == torch.float32 else GRADIENT[dtype]
+    limits = [rounded] * 3 + [GRADIENT[dtype]] * 3 + [2 * GRADIENT[dtype]]  # dscale cancels
+    for got, ref, limit in zip(out, expected, limits, strict=True):
+        if got.numel():
+            assert error(got, ref) < limit
+        assert got.shape == ref.shape
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_wide_sweeps(skip, monkeypatch):
+    monkeypatch.setattr(_launch, "FUSED_WIDTH", dict.fromkeys(DTYPES, 16))
+    monkeypatch.setattr(wide, "ROWS", 7)
+    monkeypatch.setattr(wide, "BLOCK_BYTES", 4 * 7 * 11)
+    q, k, options = operands(9, 24, 20, torch.float32, skip)
+    t = torch.tensor(0.5)
+    (lse, o), expected = both("pair_mean", q, k, 2.0, t, **options)
+    assert torch.equal(lse.isfinite(), expected[0].isfinite())
+    assert error(lse[lse.isfinite()], expected[0][lse.isfinite()]) < 2e-6
+    assert error(o, expected[1]) < 2e-5
+    given = {"row_lse": lse, "row_weight": torch.randn(9), "col_lse": torch.randn(24) + 5,
+             "col_weight": torch.rand(24)}  # fmt: skip
+    (dq,), (ref,) = both("pair_grad", q, k, 2.0, t, **options, **given)
+    assert error(dq, ref) < 2e-5
+    assert (raw.pair_lse(q, k[:0], 1.0, backend="triton") == -math.inf).all()
+
+
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_scale_by_pointer(reciprocal):
     q, k, _ = operands(9, 10, 5, torch.float32)
@@ -317,6 +367,7 @@ def test_refusals():
         raw.contrast(q, q, None, 1.0, form="clip", backend="triton")
 
 
+@pytest.mark.skipif(GPU, reason="a GPU is here")
 def test_without_a_gpu_triton_is_not_imported():
     code = (
         "import sys, torch, clae_fast; z = torch.randn(4, 3); clae_fast.nt_xent_loss(z, z); "

@@ -1,0 +1,100 @@
+"""What only a GPU can show of the backend `triton`: sizes, synchronisation, graphs, memory. Left
+out, with a line that says so, where there is none."""
+
+import functools
+
+import pytest
+import torch
+from dense import error
+
+from clae_fast import clip_loss, info_nce_loss, nt_xent_loss, use_backend, value_and_grad
+from clae_fast.ops import raw
+
+pytestmark = [pytest.mark.gpu, pytest.mark.gpu_only]
+GRADIENT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+LOSSES = {
+    "nt_xent": functools.partial(nt_xent_loss, temperature=0.1),
+    "one_way": functools.partial(info_nce_loss, temperature=0.1),
+    "clip": functools.partial(clip_loss, logit_scale=20.0, normalize=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("dtype", GRADIENT, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", [(64, 128), (1000, 100), (2048, 128), (4097, 256), (600, 768)])
+def test_losses_against_float64(shape, loss, dtype):
+    q = torch.randn(shape)
+    k = (q + torch.randn(shape)).to(dtype)
+    q = q.to(dtype)
+    with use_backend("triton"):
+        value, grads = value_and_grad(LOSSES[loss])(q, k)
+    with use_backend("reference"):
+        expected, refs = value_and_grad(LOSSES[loss])(q.double(), k.double())
+    assert error(value, expected) < (2e-6 if dtype == torch.float32 else GRADIENT[dtype])
+    for got, ref in zip(grads, refs, strict=True):
+        assert error(got, ref) < GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("shape", [(131_072, 131_072, 64), (1, 131_072, 128), (131_072, 1, 128)])
+def test_many_rows(shape):
+    N, M, D = shape
+    q, k = (torch.nn.functional.normalize(torch.randn(n, D), dim=1).bfloat16() for n in (N, M))
+    some = torch.randint(0, N, (min(N, 64),))
+    got = raw.pair_lse(q, k, 10.0, backend="triton")[some]
+    expected = (q[some].double() @ k.double().T * 10).logsumexp(1)
+    assert error(got, expected) < 2e-6
+
+
+def test_past_two_to_the_31_elements():
+    q = torch.randn((1 << 20) + 5, 2048, dtype=torch.bfloat16)
+    k = torch.randn(40, 2048, dtype=torch.bfloat16)
+    got = raw.pair_lse(q, k, 0.02, backend="triton")[-3:]
+    expected = (q[-3:].double() @ k.double().T * 0.02).logsumexp(1)
+    assert error(got, expected) < 2e-6
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", [(256, 128), (4096, 128), (600, 768)])
+def test_no_synchronisation_and_in_a_graph(loss, shape):
+    """The same bits from the replay of a CUDA graph, with other embeddings in the same memory."""
+    temperature = torch.tensor(0.1)
+    call = value_and_grad(LOSSES[loss])
+    if loss == "nt_xent":
+        call = value_and_grad(functools.partial(nt_xent_loss, temperature=temperature))
+    q, k = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(2))
+    with use_backend("triton"):
+        call(q, k)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(q, k)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            value, grads = call(q, k)
+        q.normal_()
+        graph.replay()
+        expected, refs = call(q, k)
+    assert torch.equal(value, expected)
+    for got, ref in zip(grads, refs, strict=True):
+        assert torch.equal(got, ref)
+
+
+def test_memory():
+    """32,768 rows of width 128: at most 100 MB beside the inputs."""
+    q, k = (torch.randn(16_384, 128, dtype=torch.bfloat16) for _ in range(2))
+    with use_backend("triton"):
+        call = value_and_grad(LOSSES["nt_xent"])
+        call(q[:64], k[:64])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(q, k)
+    assert torch.cuda.max_memory_allocated() - before < 100e6
