@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,9 +267,9 @@ def sources() -> dict[str, str]:
 
 
 WIDTHS = {
-    torch.bfloat16: (64, 128, 256, 512, 768, 1536),
+    torch.bfloat16: (64, 128, 256, 768),
     torch.float16: (64, 128, 768),
-    torch.float32: (128, 768),
+    torch.float32: (64, 768),
 }
 
 
@@ -275,11 +278,24 @@ def rows(target: str, quick: bool) -> Iterator[dict[str, Any]]:
     _launch.absent_capability = TARGETS[target].capability
     for dtype, widths in {torch.bfloat16: (128,)}.items() if quick else WIDTHS.items():
         for width in widths:
+            seen = set()
             for launch in launches(width, dtype):
-                yield row(launch, target)
+                kind = (launch.name, launch.named().get("MAXIMUM"))
+                if not quick or kind not in seen:
+                    seen.add(kind)
+                    yield row(launch, target)
     for width in () if quick else (128, 768):
         for kernel, args, options in peer_kernels.launches(width, TARGETS[target].capability):
             yield row(Launch(kernel, args, options), target, "memeff")
+
+
+def table_of(target: str, quick: bool) -> list[dict[str, Any]]:
+    """The rows of a target, each printed when it is known."""
+    table = []
+    for found in rows(target, quick):
+        table.append(found)
+        print(line(found), flush=True)
+    return table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -292,11 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.sources:
         print(json.dumps(sources()))
         return 0
-    table = []
-    for target in args.targets:
-        for found in rows(target, args.quick):
-            table.append(found)
-            print(line(found), flush=True)
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        tables = list(pool.map(table_of, args.targets, itertools.repeat(args.quick)))
+    table = list(itertools.chain.from_iterable(tables))
     if args.results is not None:
         result = {"triton": triton.__version__, "sources": sources(), "rows": table}
         write_whole(args.results, (json.dumps(result, indent=1) + "\n").encode())

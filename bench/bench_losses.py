@@ -12,7 +12,7 @@ import torch
 from gate import Errors, Truth, gradients, inputs
 from providers import available
 from replay import REPLAY
-from shapes import BY_NAME, MEMORY_PROVIDERS, MEMORY_SHAPES, SHAPES, Shape
+from shapes import BY_NAME, MEMORY_PROVIDERS, MEMORY_SHAPES, SHAPES, Shape, shapes_for
 from timing import gemm_ceiling, interleaved, peak_extra_memory, ratios
 
 import clae_fast
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc):
     session = metafunc.config.bench
     if "case" in metafunc.fixturenames:
         cases = []
-        for shape in SHAPES:
+        for shape in shapes_for(session.device):
             for mode in MODES:
                 for name in available(shape, session.device):
                     if mode == "value_and_grad" and not is_ours(name):
@@ -79,6 +79,8 @@ def gate(shape: Shape, calls, held, device):
             value, grads = call()
         except Exception as error:  # a peer's own: it drops out, the others are measured
             wrong[key] = f"raises {type(error).__name__}: {error}".splitlines()[0]
+            if device == "cuda":  # what a loss too large for the card has left there
+                torch.cuda.empty_cache()
             continue
         errors[key] = truth.of_loss(value) if grads is None else truth.of(value, grads[:2])
         if reason := errors[key].wrong(shape):

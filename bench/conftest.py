@@ -41,6 +41,8 @@ class Session:
                 )
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
+        if self.device == "cuda":  # what others compute in float32 may use the tensor cores too
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
         self.records, self.notes, self.measured = [], [], {}
         self.gemm_n = 512 if self.quick else 2048
         self.facts = provenance(self.device) | {"threads": str(self.threads)} | versions()
@@ -115,6 +117,7 @@ def pytest_sessionfinish(session, exitstatus):
     found = {
         "provenance": config.bench.facts,
         "quick": config.bench.quick,
+        "device": config.bench.device,
         "gemm_n": config.bench.gemm_n,
         "missing": missing(config.bench.device),
         "records": config.bench.records,

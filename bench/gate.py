@@ -23,13 +23,16 @@ GRADIENT_LIMIT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3
 
 def inputs(shape: Shape, seed: int = 0, device: str = "cpu") -> list[Tensor]:
     """Random embeddings, never zeros: positives are noisy copies, as training makes them."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(shape.pairs, shape.width, generator=g)
-    k = q + shape.noise * torch.randn(shape.pairs, shape.width, generator=g)
-    found = [q, k]
+    g = torch.Generator(device).manual_seed(seed)
+
+    def random(rows: int) -> Tensor:
+        return torch.randn(rows, shape.width, generator=g, device=device)
+
+    q = random(shape.pairs)
+    found = [q, q + shape.noise * random(shape.pairs)]
     if shape.queue:
-        found.append(torch.randn(shape.queue, shape.width, generator=g))
-    return [x.to(device, shape.dtype) for x in found]
+        found.append(random(shape.queue))
+    return [x.to(shape.dtype) for x in found]
 
 
 def gradients(loss: Callable[..., Tensor], xs: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
@@ -66,9 +69,9 @@ class Truth:
         if shape.rows > FULL_UP_TO:
             begin, count = shape.pairs // 3, SAMPLE
         self.rows = slice(begin, begin + count)
-        xs = inputs(shape)
-        self.inputs = [x.to(device) for x in xs]
-        self.loss, *self.gradients = _truth(shape, [x.double() for x in xs], self.rows)
+        self.inputs = inputs(shape, device=device)
+        loss, *grads = _truth(shape, [x.double() for x in self.inputs], self.rows)
+        self.loss, self.gradients = loss, [g.cpu() for g in grads]
 
     def of_loss(self, value: Tensor) -> Errors:
         """Errors of a loss alone."""

@@ -275,10 +275,11 @@ TABLES = (loss_table, peers, wrong, forward_table, step_table, memory_table, goa
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="files of `pytest bench --results`")
+    parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
     args = parser.parse_args(argv)
     try:
         results = [load(path) for path in args.results]
-        if lack := incomplete(results[-1]):
+        if not args.print and (lack := incomplete(results[-1])):
             raise ReportError(f"{args.results[-1]}: expected a whole run ({lack})")
         readme = ROOT / "README.md"
         text = insert(readme.read_text(), results[-1])
@@ -289,8 +290,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{path.name}: {where(result)}")
         for lines in TABLES:
             print("\n".join(lines(result)))
-    draw(results[-1], ROOT / "docs")
-    write_whole(readme, text.encode())
+    if not args.print:
+        draw(results[-1], ROOT / "docs")
+        write_whole(readme, text.encode())
     return 0
 
 

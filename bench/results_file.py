@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shapes import MEMORY_PROVIDERS, MEMORY_SHAPES, SHAPES, STEP_METHODS
+from shapes import MEMORY_PROVIDERS, MEMORY_SHAPES, STEP_METHODS, shapes_for
 
 from clae_fast.pretraining.config import VARIANTS
 
@@ -97,6 +97,8 @@ def _lacks(found: Result) -> str | None:
         return "records must be a list, provenance an object"
     if not isinstance(found.get("gemm_n"), int):
         return "no gemm_n"
+    if found.get("device", "cpu") not in ("cpu", "cuda"):
+        return f"device {found['device']!r}"
     for name in OF_THE_RUN:
         if name not in facts:
             return f"provenance has no {name}"
@@ -126,22 +128,25 @@ def key(record: dict[str, Any]) -> Key:
     return tuple(str(record[name]) for name in names if name in record)
 
 
-def whole(mine: str) -> list[Key]:
+def whole(mine: str, device: str) -> list[Key]:
     """What the tables and goals are made of."""
-    found: list[Key] = [("growth",)]
-    for shape in SHAPES:
+    found: list[Key] = []
+    for shape in shapes_for(device):
         for mode in ("forward", "forward+backward"):
             found += [("loss", shape.name, mode, name) for name in (mine, "eager", "compiled")]
         found.append(("loss", shape.name, "value_and_grad", mine))
-    found += [("memory", shape, name) for shape in MEMORY_SHAPES for name in MEMORY_PROVIDERS]
     found += [("step", method, variant) for method in STEP_METHODS for variant in VARIANTS]
+    if device == "cpu":
+        found.append(("growth",))
+        found += [("memory", shape, name) for shape in MEMORY_SHAPES for name in MEMORY_PROVIDERS]
     return found
 
 
 def incomplete(result: Result) -> str | None:
     """What a run left out, as `-k` or an interrupt does: its tables would replace whole ones."""
     there = {key(record) for record in result["records"]}
-    lack = [" ".join(what) for what in whole(ours_of(result)) if what not in there]
+    needed = whole(ours_of(result), result.get("device", "cpu"))
+    lack = [" ".join(what) for what in needed if what not in there]
     if not lack:
         return None
     return f"it lacks {', '.join(lack[:3])}" + (f" and {len(lack) - 3} more" if lack[3:] else "")

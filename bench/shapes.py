@@ -66,6 +66,25 @@ SHAPES = (
     Shape("clip-1024-d512-scale100", "clip", 1024, 512, 0.01, noise=5.0),  # CLIP's clamp
 )
 BY_NAME = {shape.name: shape for shape in SHAPES}
+GPU_SHAPES = tuple(
+    shape._replace(dtype=torch.bfloat16)
+    for shape in (
+        *(BY_NAME[name] for name in ("simclr-128", "cifar-simclr-512", "simclr-2048")),
+        BY_NAME["simclr-8192"],
+        Shape("simclr-32768", "nt_xent", 16384, 128),
+        BY_NAME["clae-plain-128"],
+        Shape("clae-uel-2048", "uel", 1024, 128),
+        *(BY_NAME[name] for name in ("queue-65536", "clip-4096-d768")),
+        Shape("clip-32768-d128", "clip", 32768, 128, temperature=0.07),
+        Shape("clip-65536-d768", "clip", 65536, 768, temperature=0.07),
+        BY_NAME["clip-1024-d512-scale100"],
+    )
+)
+
+
+def shapes_for(device: str) -> tuple[Shape, ...]:
+    return GPU_SHAPES if device == "cuda" else SHAPES
+
 
 MEMORY_SHAPES = ("simclr-2048", "simclr-8192", "clip-4096-d768", "queue-65536")
 MEMORY_PROVIDERS = ("clae_fast-cpp", "eager", "compiled")

@@ -33,38 +33,69 @@ class Config(NamedTuple):
 
 
 # Wider rows leave the sums and gradients to wide.py: BM x BD of the result no longer fit in
-# registers beside whole tiles. Three tf32 products for a float32 one take three times the
-# registers, and no product that cuBLAS has gives float16 weights their range.
-FUSED_WIDTH = {torch.bfloat16: 256, torch.float32: 64, torch.float16: MAX_WIDTH}
+# registers beside whole tiles. Weights of float16 rows are multiplied as tf32, as float16 has no
+# range for them: twice the registers. Three tf32 products for a float32 one take three times.
+FUSED_WIDTH = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
 # "sums" keep nothing D wide and take the width in chunks, "two-sided" in square tiles, "uel" with
-# more numbers a row; "gradient" keeps BM x BD of the result, and wider rows are written in several
-# passes. By dtype, then width: what compiles without a spill (bench/aot.py), where it can be with
-# two blocks on a multiprocessor, so that one exponentiates while the other multiplies.
-BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-_HALF_SUMS = {64: Config(128, 128, 64, 8, 2), MAX_WIDTH: Config(128, 128, 128, 8, 2)}
-_HALF_MORE = {64: Config(128, 128, 64, 16, 2), MAX_WIDTH: Config(128, 128, 128, 16, 2)}
-_HALF_UEL = {64: Config(64, 128, 64, 8, 2), MAX_WIDTH: Config(64, 128, 128, 8, 2)}
-_FLOAT_SUMS = {MAX_WIDTH: Config(64, 64, 32, 4, 3)}
-_FLOAT_UEL = {MAX_WIDTH: Config(64, 64, 32, 8, 3)}
-_HALF_GRADIENT = {
+# more numbers a row; "gradient" keeps BM x BD of the result, and wider rows (of operators that
+# have no other way) are written in several passes. By kind and dtype, then width: the largest tiles
+# that compile without a spill (bench/aot.py), where it can be with two blocks on a multiprocessor,
+# so that one exponentiates while the other multiplies. GENERATIONS: where a GPU needs others.
+Table = dict[int, Config]
+HALF = (torch.bfloat16, torch.float16)
+_SUMS: Table = {
     64: Config(128, 128, 64, 8, 2),
-    128: Config(128, 64, 128, 8, 2),
-    MAX_WIDTH: Config(64, 64, 256, 8, 2),
+    128: Config(128, 128, 128, 8, 2),
+    MAX_WIDTH: Config(128, 128, 64, 8, 3),
 }
-# The weights of float16 rows are multiplied as tf32, which takes twice the registers.
-_FLOAT16_GRADIENT = {64: Config(64, 64, 64, 4, 2), MAX_WIDTH: Config(64, 64, 128, 8, 2)}
-_FLOAT_GRADIENT = {MAX_WIDTH: Config(64, 16, 64, 4, 2)}
-CONFIGS = {
-    "two-sided": {BFLOAT16: _HALF_SUMS, FLOAT16: _HALF_SUMS, FLOAT32: _FLOAT_SUMS},
-    # Tensor memory gives a tile's rows back to few threads: more of them, or they spill.
-    "two-sided, 10": {BFLOAT16: _HALF_MORE, FLOAT16: _HALF_MORE, FLOAT32: _FLOAT_SUMS},
-    "sums": {BFLOAT16: _HALF_SUMS, FLOAT16: _HALF_SUMS, FLOAT32: _FLOAT_SUMS},
-    "uel": {
-        BFLOAT16: _HALF_UEL,
-        FLOAT16: _HALF_UEL,
-        FLOAT32: {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
+_FLOAT_SUMS: Table = {MAX_WIDTH: Config(64, 64, 32, 4, 3)}
+CONFIGS: dict[tuple[str, torch.dtype], Table] = {
+    **{("sums", dtype): _SUMS for dtype in HALF},
+    **{("two-sided", dtype): _SUMS for dtype in HALF},
+    **{
+        ("uel", dtype): {128: Config(64, 128, 128, 8, 2), MAX_WIDTH: Config(64, 64, 128, 8, 2)}
+        for dtype in HALF
     },
-    "gradient": {BFLOAT16: _HALF_GRADIENT, FLOAT16: _FLOAT16_GRADIENT, FLOAT32: _FLOAT_GRADIENT},
+    ("sums", torch.float32): _FLOAT_SUMS,
+    ("two-sided", torch.float32): _FLOAT_SUMS,
+    ("uel", torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
+    ("gradient", torch.bfloat16): {
+        64: Config(128, 128, 64, 8, 2),
+        128: Config(128, 64, 128, 8, 2),
+        MAX_WIDTH: Config(64, 64, 256, 8, 2),
+    },
+    ("gradient", torch.float16): {MAX_WIDTH: Config(64, 64, 128, 8, 2)},
+    ("gradient", torch.float32): {
+        64: Config(64, 32, 64, 8, 2),
+        MAX_WIDTH: Config(32, 16, 64, 4, 2),
+    },
+}
+GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
+    **{(8, "two-sided", dtype): _SUMS | {MAX_WIDTH: Config(128, 128, 64, 16, 2)} for dtype in HALF},
+    (8, "gradient", torch.bfloat16): {
+        64: Config(128, 128, 64, 8, 2),
+        MAX_WIDTH: Config(64, 64, 256, 8, 2),
+    },
+    (8, "gradient", torch.float16): {
+        64: Config(64, 64, 64, 4, 2),
+        MAX_WIDTH: Config(64, 64, 128, 8, 2),
+    },
+    (8, "gradient", torch.float32): {
+        64: Config(64, 16, 64, 4, 2),
+        MAX_WIDTH: Config(32, 32, 64, 8, 2),
+    },
+    **{
+        (10, "two-sided", dtype): {
+            128: Config(64, 64, 128, 4, 2),
+            MAX_WIDTH: Config(64, 64, 64, 4, 3),
+        }
+        for dtype in HALF
+    },
+    **{(10, "uel", dtype): {MAX_WIDTH: Config(64, 64, 128, 8, 2)} for dtype in HALF},
+    (10, "gradient", torch.bfloat16): {
+        128: Config(64, 64, 128, 8, 2),
+        MAX_WIDTH: Config(64, 32, 256, 8, 2),
+    },
 }
 _INTERPRETED = Config(32, 32, 32, 4, 1)  # small sizes still meet several tiles
 
@@ -85,7 +116,7 @@ def capability(device: torch.device) -> int:
 
 def config(kind: str, width: int, dtype: torch.dtype, capability: int) -> Config:
     """The tile for one kind of sweep, no wider than it must be."""
-    table = CONFIGS.get(f"{kind}, {capability // 10}", CONFIGS[kind])[dtype]
+    table = GENERATIONS.get((capability // 10, kind, dtype), CONFIGS[kind, dtype])
     chosen = _INTERPRETED if INTERPRETED else table[min(w for w in table if w >= width)]
     return chosen._replace(BD=min(chosen.BD, max(16, triton.next_power_of_2(width))))
 

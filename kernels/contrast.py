@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import rows
 from ._launch import Pairs, launch
-from .pair_grad import row_gradient
+from .pair_grad import Weights, row_gradient
 from .pair_lse import row_sums
 from .pair_mean import row_means
 from .two_sided import both_sums
@@ -40,7 +40,7 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, width: int) -> "_Block":
         BD = max(16, triton.next_power_of_2(width))
-        return cls(max(1, min(32, 2048 // BD)), BD)
+        return cls(max(1, min(16, 2048 // BD)), BD)
 
 
 def contrast(
@@ -148,22 +148,23 @@ class _Contrast:
 
     def losses(self) -> Tensor:
         """The loss of each row; the weights 1 - p of the positives stay here."""
-        two_way = self.form == "two_way"
-        self.r = torch.empty_like(self.lse)
-        loss = self.new(self.B, 2) if two_way else torch.empty_like(self.lse)
-        self._turn(self.lse, loss, self.r, 2 if two_way else 1)
-        self.r_other = self.r[self.B :] if self.form == "nt_xent" else None
-        if two_way:
-            self.r_other = torch.empty_like(self.lse_col)
-            self._turn(self.lse_col, loss[:, 1], self.r_other, 2)
+        if self.form != "two_way":
+            loss = torch.empty_like(self.lse)
+            self.by_row = self.by_other = self._turn(self.lse, loss, 1)
+            return loss
+        loss = self.new(self.B, 2)
+        self.by_row = self._turn(self.lse, loss, 2)
+        self.by_other = self._turn(self.lse_col, loss[:, 1], 2)
         return loss
 
-    def _turn(self, lse: Tensor, loss: Tensor, r: Tensor, apart: int) -> None:
+    def _turn(self, lse: Tensor, loss: Tensor, apart: int) -> Weights:
         N = len(lse)
+        weights = Weights(lse, torch.empty_like(lse), torch.empty_like(lse))
         launch(
-            rows.turn, (triton.cdiv(N, 128),), lse, self.cosine, self.alarm, loss, r, *self.scale,
-            N, self.B, apart, self.scaling[2], 128,
+            rows.turn, (triton.cdiv(N, 128),), lse, self.cosine, self.alarm, loss, *weights[1:],
+            *self.scale, N, self.B, apart, self.scaling[2], 128,
         )  # fmt: skip
+        return weights
 
     # -------------------------------------------------------------------------- the gradients
 
@@ -172,32 +173,31 @@ class _Contrast:
         q: Tensor,
         k: Tensor,
         skip: str,
-        by_row: tuple[Tensor, Tensor] | None,
-        by_col: tuple[Tensor, Tensor] | None,
+        by_row: Weights | None,
+        by_col: Weights | None,
         offset: int = 0,
     ) -> Tensor:
-        pairs = self._pairs(q, k, skip, offset)
-        return row_gradient(pairs, *(by_row or (None, None)), *(by_col or (None, None)), False)
+        return row_gradient(self._pairs(q, k, skip, offset), by_row, by_col, scaled=False)
 
     def gradients(
         self, need_dq: bool, need_dk: bool, need_dn: bool, need_dscale: bool, factor: float
     ) -> tuple[Tensor, ...]:
         B, own_q, own_k = self.B, need_dq or need_dscale, need_dk
-        by_row, u_q, u_k = (self.lse, self.r), self.o, None
+        by_row, r, r_other, u_q, u_k = self.by_row, self.by_row.weight, None, self.o, None
         if self.form == "nt_xent":
-            own_k = need_dk or need_dscale
+            own_k, r_other = need_dk or need_dscale, r[B:]
             # One half at a time: the same bits whether or not the other half is wanted.
             for half, wanted in ((0, own_q), (1, own_k)):
                 if wanted:
                     part = slice(half * B, (half + 1) * B)
-                    mine = (self.lse[part], self.r[part])
+                    mine = Weights(*(x[part] for x in by_row))
                     u = self._sweep(self.z[part], self.z, "twins", mine, by_row, half * B)
                     u_q, u_k = (u, u_k) if half == 0 else (u_q, u)
         elif self.form == "one_way":
             if own_k and self.negatives is None:
                 u_k = self._sweep(self.z_k, self.z_q, "diagonal", None, by_row)
         else:
-            by_col = (self.lse_col, self.r_other)
+            by_col, r_other = self.by_other, self.by_other.weight
             if own_q:
                 u_q = self._sweep(self.z_q, self.z_k, "diagonal", by_row, by_col)
             if own_k:
@@ -208,7 +208,7 @@ class _Contrast:
         if need_dq or need_dk or need_dscale:
             self._rows(
                 rows.back, B, self.q, self.k, self.cosine, u_q, u_k,
-                None if self.o is None else self.r, self.r, self.r_other, dq, dk, dscale, factor,
+                None if self.o is None else r, r, r_other, dq, dk, dscale, factor,
                 *self.scale, B, self.q.stride(0), self.k.stride(0),
                 STACKED=self.form == "nt_xent", RECIPROCAL=self.scaling[2],
             )  # fmt: skip
@@ -219,7 +219,7 @@ class _Contrast:
             self.new(0) if dscale is None else dscale.sum().reshape(1),
         )
 
-    def _negatives(self, by_row: tuple[Tensor, Tensor], factor: float) -> Tensor:
+    def _negatives(self, by_row: Weights, factor: float) -> Tensor:
         assert self.negatives is not None
         M = len(self.negatives)
         u = self._sweep(self.z_n, self.z_q, "none", None, by_row)

@@ -1,11 +1,14 @@
 """Row gradient from saved log-sum-exps:
 `dq_i = t sum_j (row_weight_i e^(s_ij - row_lse_i) + col_weight_j e^(s_ij - col_lse_j)) k_j`.
 
-Work: 2 GEMMs, 2 exponentials a pair; 1 where one pair of arguments is there or the maximum is
+Work: 2 GEMMs, 2 exponentials a pair; 1 where rows or columns alone have weights, or the maximum is
 known. A program owns BM rows, BD of the width and one part of
 the columns; past BD the similarities are made again for every BD of the output. No two programs add
 to one element; parts are added in their order: the same bits every run. Nothing is saved.
 """
+
+import itertools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,21 +34,6 @@ from ._tile import (
 
 
 @triton.jit
-def _of_two(x, row_zero, row_weight, col_zero, col_weight):
-    """row_weight e^(s - row_lse) + col_weight e^(s - col_lse)."""
-    g = row_weight[:, None] * tl.exp2(x - row_zero[:, None])
-    return g + col_weight[None, :] * tl.exp2(x - col_zero[None, :])
-
-
-@triton.jit
-def _of_one(x, row_zero, row_weight, col_zero, col_weight, zero):
-    """The same from e^(s - zero), which serves both where the maximum is known."""
-    of_row = row_weight * tl.exp2(zero - row_zero)
-    of_col = col_weight * tl.exp2(zero - col_zero)
-    return tl.exp2(x - zero) * (of_row[:, None] + of_col[None, :])
-
-
-@triton.jit
 def _grad(
     q_ptr, k_ptr, dq_ptr, row_lse_ptr, row_weight_ptr, col_lse_ptr, col_weight_ptr,
     scale, scale_ptr, row_ids_ptr, col_ids_ptr,
@@ -63,10 +51,11 @@ def _grad(
         if known != (MAXIMUM == KNOWN):
             return
     zero *= LOG2E
-    if row_lse_ptr is not None:
-        row_lse = tl.load(row_lse_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-        row_zero = finite_or_zero(row_lse) * LOG2E
+    if row_weight_ptr is not None:
         row_weight = tl.load(row_weight_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        if MAXIMUM != KNOWN:
+            row_lse = tl.load(row_lse_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+            row_zero = finite_or_zero(row_lse) * LOG2E
     dq = tl.zeros((BM, BD), tl.float32)
     q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
     begin = part * columns_of_part
@@ -77,21 +66,17 @@ def _grad(
             q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
         )  # fmt: skip
         x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
-        if col_lse_ptr is not None:
-            col_lse = tl.load(col_lse_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
-            col_zero = finite_or_zero(col_lse) * LOG2E
+        e, g = tl.exp2(x - zero), tl.zeros((BM, BN), tl.float32)  # of known maxima
+        if row_weight_ptr is not None:
+            if MAXIMUM != KNOWN:
+                e = tl.exp2(x - row_zero[:, None])
+            g += row_weight[:, None] * e
+        if col_weight_ptr is not None:
             col_weight = tl.load(col_weight_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
-        if row_lse_ptr is not None and col_lse_ptr is not None:
-            if MAXIMUM == KNOWN:
-                g = _of_one(x, row_zero, row_weight, col_zero, col_weight, zero)
-            else:
-                g = _of_two(x, row_zero, row_weight, col_zero, col_weight)
-        elif row_lse_ptr is not None:
-            g = row_weight[:, None] * tl.exp2(x - row_zero[:, None])
-        elif col_lse_ptr is not None:
-            g = col_weight[None, :] * tl.exp2(x - col_zero[None, :])
-        else:
-            g = tl.zeros((BM, BN), tl.float32)
+            if MAXIMUM != KNOWN:
+                col_lse = tl.load(col_lse_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
+                e = tl.exp2(x - finite_or_zero(col_lse)[None, :] * LOG2E)
+            g += col_weight[None, :] * e
         dq = weighted_rows(g, k, dq, PRECISION)
     if SCALED:
         dq = dq * t
@@ -99,23 +84,31 @@ def _grad(
     store_rows(dq_ptr, D, first + rows, first + N, at, dq, D)
 
 
+class Weights(NamedTuple):
+    """Of rows or of columns: log-sum-exp, weight, and weight e^(zero - lse) with the known maximum
+    `zero`, which one exponential of the pair then serves for rows and columns."""
+
+    lse: Tensor
+    weight: Tensor
+    at_zero: Tensor | None = None
+
+    @classmethod
+    def of(cls, lse: Tensor | None, weight: Tensor | None) -> "Weights | None":
+        return None if lse is None or weight is None else cls(lse, weight)
+
+    def given(self, known: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the kernel takes."""
+        return (None, self.at_zero) if known else (self.lse, self.weight)
+
+
 def row_gradient(
-    pairs: Pairs,
-    row_lse: Tensor | None,
-    row_weight: Tensor | None,
-    col_lse: Tensor | None,
-    col_weight: Tensor | None,
-    scaled: bool,
+    pairs: Pairs, by_row: Weights | None, by_col: Weights | None, scaled: bool
 ) -> Tensor:
     """The sum above, with or without the factor t; (N, D) in float32."""
-    by_row = (
-        (row_lse, row_weight) if row_lse is not None and row_weight is not None else (None,) * 2
-    )
-    by_col = (
-        (col_lse, col_weight) if col_lse is not None and col_weight is not None else (None,) * 2
-    )
     if pairs.wide:
-        dq = wide.row_gradient(pairs, by_row, by_col)
+        dq = wide.row_gradient(
+            pairs, *((None, None) if x is None else x[:2] for x in (by_row, by_col))
+        )
         if scaled:
             dq *= effective_scale(*pairs.scale, pairs.rules["RECIPROCAL"], torch.float32)
         return dq
@@ -123,13 +116,16 @@ def row_gradient(
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)
     dq = pairs.new(parts, N, D)
-    # One exponential serves either way where rows or columns alone have weights.
-    two = row_weight is not None and col_weight is not None
-    for maximum, asked in pairs.ways if two else ((int(ONLINE.value), False),):
+    there = [x for x in (by_row, by_col) if x is not None]
+    either = all(x.at_zero is not None for x in there)
+    for maximum, asked in pairs.ways if either else ((int(ONLINE.value), False),):
+        known = maximum == KNOWN.value
+        weights = ((None, None) if x is None else x.given(known) for x in (by_row, by_col))
         launch(
-            _grad, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, dq, *by_row,
-            *by_col, *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN,
-            config.BD, scaled, maximum, asked, **pairs.flags, **config.run(),
+            _grad, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, dq,
+            *itertools.chain.from_iterable(weights), *pairs.scale, *pairs.ids, *pairs.extents,
+            columns, D, config.BM, config.BN, config.BD, scaled, maximum, asked, **pairs.flags,
+            **config.run(),
         )  # fmt: skip
     return dq[0] if parts == 1 else dq.sum(0)
 
@@ -151,4 +147,5 @@ def pair_grad(
 ) -> Tensor:
     """`reference.pair_grad`."""
     pairs = Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids)
-    return row_gradient(pairs, row_lse, row_weight, col_lse, col_weight, scaled=True)
+    by_row, by_col = Weights.of(row_lse, row_weight), Weights.of(col_lse, col_weight)
+    return row_gradient(pairs, by_row, by_col, scaled=True)

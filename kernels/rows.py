@@ -3,7 +3,7 @@ Jacobian.
 
     unit       z = x / max(|x|, 1e-12)
     pairs      the same for q_i and k_i, and their cosine from the unrounded rows
-    turn       loss = log(1 + e^(lse - t cos)), r = sigmoid(lse - t cos)
+    turn       loss = log(1 + e^(lse - t cos)), r = sigmoid(lse - t cos), r e^(zero - lse)
     back       dq = factor J_q (t u_q - t share (z_k - z_q)), dk likewise; u comes from the sweeps
 
 A program owns whole rows: no atomics, the same bits every run. The cosine on the sphere is
@@ -13,7 +13,7 @@ A program owns whole rows: no atomics, the same bits every run. The cosine on th
 import triton
 import triton.language as tl
 
-from ._tile import load_rows, scale_of, softplus_and_sigmoid, store_rows
+from ._tile import known_maximum, load_rows, scale_of, softplus_and_sigmoid, store_rows
 
 
 @triton.jit
@@ -69,10 +69,11 @@ def pairs(
 
 @triton.jit
 def turn(
-    lse_ptr, cosine_ptr, alarm_ptr, loss_ptr, r_ptr, scale, scale_ptr, N, B, apart,
+    lse_ptr, cosine_ptr, alarm_ptr, loss_ptr, r_ptr, at_zero_ptr, scale, scale_ptr, N, B, apart,
     RECIPROCAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row i of N meets the cosine of pair i mod B; losses are `apart` elements apart."""
+    """Row i of N meets the cosine of pair i mod B; losses are `apart` elements apart. Beside r also
+    r e^(zero - lse), which means something where `zero` is a known maximum."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     t = scale_of(scale, scale_ptr, RECIPROCAL)
     pair = tl.where(rows < B, rows, rows - B)
@@ -83,6 +84,9 @@ def turn(
         loss += tl.load(alarm_ptr)
     tl.store(loss_ptr + rows * apart, loss, mask=rows < N)
     tl.store(r_ptr + rows, r, mask=rows < N)
+    known, zero = known_maximum(t, N)
+    at_zero = tl.where(lse == -float("inf"), 0.0, r * tl.exp(zero - lse))
+    tl.store(at_zero_ptr + rows, at_zero, mask=rows < N)
 
 
 @triton.jit

@@ -107,7 +107,7 @@ def _blocks(pairs: Pairs) -> Iterator[_Block]:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a b, or out + a b, in float32, from bfloat16 too."""
+    """out = a b, or out + a b, in float32, from 16 bits too."""
     options = {}
     if a.dtype != torch.float32:
         if a.device.type == "cpu":  # the interpreter's; PyTorch would round the result
@@ -134,16 +134,18 @@ def row_sums(pairs: Pairs, lse: Tensor) -> None:
 def row_gradient(pairs: Pairs, by_row: Two, by_col: Two) -> Tensor:
     """sum_j (row_weight e^(s - row_lse) + col_weight e^(s - col_lse)) k_j, (N, D)."""
     dq = pairs.new(pairs.N, pairs.D).zero_()
+    rounded = pairs.q.dtype == torch.bfloat16  # float16 has no range for weights
+    keys = pairs.k if rounded else pairs.k.float()
     for block in _blocks(pairs):
-        g = block.s if pairs.q.dtype == torch.float32 else pairs.q.new_empty(block.s.shape)
+        g = pairs.q.new_empty(block.s.shape) if rounded else block.s
         rows, columns = block.s.shape
         launch(
             _weights, (triton.cdiv(rows, 8), triton.cdiv(columns, 512)), block.s, g, *by_row,
             *by_col, *pairs.scale, *pairs.ids, *block.extents, pairs.M, pairs.offset, 8, 512,
             **pairs.rules,
         )  # fmt: skip
-        keys = pairs.k[block.left : block.right]
-        _multiply(g, keys, dq[block.first : block.end], add=block.left > 0)
+        mine = dq[block.first : block.end]
+        _multiply(g, keys[block.left : block.right], mine, add=block.left > 0)
     return dq
 
 

@@ -229,7 +229,6 @@ WIDE_NEEDS = [(False, False, False, False), (True, True, True, True)]
 
 @pytest.mark.parametrize("form", ["nt_xent", "one_way", "queue", "two_way"])
 @pytest.mark.parametrize("need", WIDE_NEEDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [7, 2048])
 def test_wide_rows(form, need, dtype, rows, monkeypatch):
     """Similarities in memory, block by block: of one block, and of many."""
