@@ -91,6 +91,7 @@ GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
         }
         for dtype in HALF
     },
+    (10, "two-sided", torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
     **{(10, "uel", dtype): {MAX_WIDTH: Config(64, 64, 128, 8, 2)} for dtype in HALF},
     (10, "gradient", torch.bfloat16): {
         128: Config(64, 64, 128, 8, 2),
