@@ -145,7 +145,7 @@ NEEDS = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("need", NEEDS)
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("shape", [(1, 4, 3), (5, 3, 7), (40, 33, 70)])
+@pytest.mark.parametrize("shape", [(1, 4, 3), (40, 33, 70)])
 def test_contrast(form, need, normalize, shape, dtype):
     B, D, M = shape
     q, k, n = (torch.randn(rows, D).to(dtype) for rows in (B, B, M))
