@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One command on a machine with a GPU, under 8 minutes: builds, checks every operator against float64,
-# looks for wrong memory accesses, measures, and writes bench/results/<gpu>.json and what it says.
+# One command on a machine with a GPU: builds, checks every operator against float64, looks for wrong
+# memory accesses, measures, and writes bench/results/<gpu>.json and what it says. The limits of its
+# steps add up to 8 minutes. Not run on a GPU yet.
 #
 #     bash bench/gpu_report.sh [folder for the results; default bench/results]
 #

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from providers import NotHere, module
 
 ROWS = 8192
 Launch = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]
@@ -18,10 +19,10 @@ Launch = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]
 def launches(width: int, capability: int) -> Iterator[Launch]:
     """(kernel, arguments with tensors by their dtype, options); none if memeff is not there."""
     try:
-        from memeff.clip_loss import clip_fa_grad_kernel
-        from memeff.distributed_clip_loss import clip_denom_kernel
-    except Exception as error:  # whatever a broken or GPU-only package raises
-        print(f"memeff is not compiled beside ours: {type(error).__name__}: {error}")
+        clip_fa_grad_kernel = module("memeff.clip_loss").clip_fa_grad_kernel
+        clip_denom_kernel = module("memeff.distributed_clip_loss").clip_denom_kernel
+    except NotHere as reason:
+        print(f"memeff is not compiled beside ours: {reason}")
         return
     half, full = torch.bfloat16, torch.float32
     tiles = {"BLOCK_SIZE_I": 128, "BLOCK_SIZE_J": 128, "BLOCK_SIZE_D": 64}

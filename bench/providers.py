@@ -132,7 +132,8 @@ def _ours(backend: str, shape: Shape, device: str) -> Loss | None:
 # --------------------------------------------------------------------------------------- peers
 
 
-def _module(name: str) -> Any:
+def module(name: str) -> Any:
+    """A package of someone else's; NotHere, with the reason, whatever its import raises."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever a broken or GPU-only package raises
@@ -144,12 +145,12 @@ def _lightly(shape: Shape, device: str) -> Loss | None:
         return None
     if shape.rows > 4096:  # several copies of S at once
         return None
-    loss: Loss = _module("lightly.loss").NTXentLoss(temperature=shape.temperature)
+    loss: Loss = module("lightly.loss").NTXentLoss(temperature=shape.temperature)
     return loss
 
 
 def _metric_learning(shape: Shape, device: str) -> Loss | None:
-    losses = _module("pytorch_metric_learning.losses")
+    losses = module("pytorch_metric_learning.losses")
     if shape.loss != "nt_xent" or shape.rows > 2048:  # a mask of pairs x pairs
         return None
     loss: Loss = losses.SelfSupervisedLoss(losses.SupConLoss(temperature=shape.temperature))
@@ -159,7 +160,7 @@ def _metric_learning(shape: Shape, device: str) -> Loss | None:
 def _info_nce_pytorch(shape: Shape, device: str) -> Loss | None:
     if shape.loss != "info_nce":
         return None
-    loss: Loss = _module("info_nce").InfoNCE(temperature=shape.temperature)
+    loss: Loss = module("info_nce").InfoNCE(temperature=shape.temperature)
     return loss
 
 
@@ -168,23 +169,23 @@ def _infonce(shape: Shape, device: str) -> Loss | None:
         return None
     if shape.rows > 4096:
         return None
-    loss = _module("infonce").InfoNCE(temperature=shape.temperature)
+    loss = module("infonce").InfoNCE(temperature=shape.temperature)
     return lambda z_i, z_j: loss(torch.cat((z_i, z_j)))
 
 
 def _open_clip(shape: Shape, device: str) -> Loss | None:
     if shape.loss != "clip":
         return None
-    loss = _module("open_clip.loss").ClipLoss()
+    loss = module("open_clip.loss").ClipLoss()
     scale = torch.tensor(1 / shape.temperature, device=device)
     return lambda x, y: loss(F.normalize(x, dim=1), F.normalize(y, dim=1), scale)
 
 
-def _gpu_only(module: str, make: Callable[[Any, Shape], Loss | None]) -> Callable[..., Any]:
+def _gpu_only(name: str, make: Callable[[Any, Shape], Loss | None]) -> Callable[..., Any]:
     def provider(shape: Shape, device: str) -> Loss | None:
         if device == "cpu":
             raise NotHere("it runs on NVIDIA GPUs only")
-        return make(_module(module), shape)
+        return make(module(name), shape)
 
     return provider
 

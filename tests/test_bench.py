@@ -64,6 +64,16 @@ def test_quick_runs_and_every_gradient_is_right(quick, bench):
         assert f"not measured: {name}: {why}" in text  # one line each
 
 
+def test_a_package_is_there_or_named(bench, tmp_path, monkeypatch):
+    providers = bench["providers"]
+    assert providers.module("json") is json
+    (tmp_path / "broken_peer.py").write_text("raise OSError('no driver')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, why in (("broken_peer", "OSError: no driver"), ("nowhere", "No module named")):
+        with pytest.raises(providers.NotHere, match=why):
+            providers.module(name)
+
+
 def test_what_is_called_compiled_was_compiled(bench):
     """PyTorch compiles a function 8 times at most: every shape begins anew, and past the limit it
     is an error."""
