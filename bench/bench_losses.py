@@ -13,11 +13,12 @@ from gate import Errors, Truth, gradients, inputs
 from providers import available
 from replay import REPLAY
 from shapes import BY_NAME, MEMORY_PROVIDERS, MEMORY_SHAPES, SHAPES, Shape, shapes_for
-from timing import gemm_ceiling, interleaved, peak_extra_memory, ratios
+from timing import PRODUCTS, bare_products, gemm_ceiling, interleaved, peak_extra_memory, ratios
 
 import clae_fast
 
 MODES = ("forward", "forward+backward", "value_and_grad")
+PRODUCTS_ON = ("cuda",)  # where a goal asks for them
 
 
 class Measured(NamedTuple):
@@ -101,6 +102,8 @@ def measure(bench, shape: Shape) -> Measured:
             held["xs"] = inputs(shape, seed, bench.device)
 
         right = {key: call for key, call in calls.items() if key not in wrong}
+        if bench.device in PRODUCTS_ON:
+            right["forward+backward", PRODUCTS] = lambda: bare_products(shape, held["xs"])
         seconds, rounds = (0.5, 3) if bench.quick else (5.0, None)
         times = interleaved(right, prepare, device=bench.device, seconds=seconds, rounds=rounds)
         ceiling = gemm_ceiling(bench.device, bench.gemm_n, shape.dtype)

@@ -207,6 +207,20 @@ def memory_table(result: Result) -> list[str]:
     return lines
 
 
+def sign_step_table(result: Result) -> list[str]:
+    lines = [
+        "| attack's update | GB/s | of a copy's | times as fast as eager |",
+        "| --- | --- | --- | --- |",
+    ]
+    for r in result["records"]:
+        if r["kind"] == "sign_step":
+            share = f"{100 * r['share_of_copy']:.0f} % of {r['copy_gbytes_per_second']:.0f}"
+            fast = factor(r["times_as_fast_as"]["eager"])
+            name = f"{r['dtype']}, {r['layout']}"
+            lines.append(f"| {name} | {r['gbytes_per_second']:.0f} | {share} | {fast} |")
+    return lines if len(lines) > 2 else []
+
+
 def where(result: Result) -> str:
     p, n = result["provenance"], result["gemm_n"]
     rates = [r["gemm_gflops"] for r in result["records"] if "gemm_gflops" in r]
@@ -242,6 +256,7 @@ def block(result: Result, images: list[str]) -> str:
         step_words(result),
         "\n".join(step_table(result)),
         "\n".join(memory_table(result)),
+        "\n".join(sign_step_table(result)),
     ]
     for r in result["records"]:
         if r["kind"] == "growth":
@@ -269,7 +284,9 @@ def insert(text: str, result: Result) -> str:
     return f"{before}{BEGIN}\n{block(result, [name for name, *_ in series(result)])}{END}{after}"
 
 
-TABLES = (loss_table, peers, wrong, forward_table, step_table, memory_table, goal_table)
+TABLES = (
+    loss_table, peers, wrong, forward_table, step_table, memory_table, sign_step_table, goal_table,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

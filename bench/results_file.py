@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shapes import MEMORY_PROVIDERS, MEMORY_SHAPES, STEP_METHODS, shapes_for
+from shapes import MEMORY_PROVIDERS, MEMORY_SHAPES, SIGN_STEPS, STEP_METHODS, shapes_for
 
 from clae_fast.pretraining.config import VARIANTS
 
@@ -55,6 +55,11 @@ FIELDS: dict[str, Fields] = {  # of a record by its kind
         "method": _text, "variant": _text, "encoder": _text, "batch": _count, "pixels": _count,
         "rounds": _count, "seconds": _positive, "times_baseline": _positive,
         "times_as_fast_as_published": _positive, "forwards": _positive,
+    },
+    "sign_step": {
+        "dtype": _text, "layout": _text, "seconds": _positive, "rounds": _count,
+        "gbytes_per_second": _positive, "copy_gbytes_per_second": _positive,
+        "share_of_copy": _positive, "times_as_fast_as": _ratios,
     },
     "growth": {"rows": _counts, "exponent": _positive, "peak_bytes_65536": _count},
 }  # fmt: skip
@@ -125,6 +130,7 @@ def _lacks(found: Result) -> str | None:
 def key(record: dict[str, Any]) -> Key:
     """What a record is of."""
     names = ("kind", "shape", "mode", "provider", "method", "variant")
+    names = ("kind", "dtype", "layout") if record["kind"] == "sign_step" else names
     return tuple(str(record[name]) for name in names if name in record)
 
 
@@ -136,6 +142,8 @@ def whole(mine: str, device: str) -> list[Key]:
             found += [("loss", shape.name, mode, name) for name in (mine, "eager", "compiled")]
         found.append(("loss", shape.name, "value_and_grad", mine))
     found += [("step", method, variant) for method in STEP_METHODS for variant in VARIANTS]
+    if device == "cuda":
+        found += [("sign_step", *case) for case in SIGN_STEPS]
     if device == "cpu":
         found.append(("growth",))
         found += [("memory", shape, name) for shape in MEMORY_SHAPES for name in MEMORY_PROVIDERS]

@@ -89,3 +89,8 @@ def shapes_for(device: str) -> tuple[Shape, ...]:
 MEMORY_SHAPES = ("simclr-2048", "simclr-8192", "clip-4096-d768", "queue-65536")
 MEMORY_PROVIDERS = ("clae_fast-cpp", "eager", "compiled")
 STEP_METHODS = ("simclr", "plain")
+SIGN_STEPS = tuple(
+    (dtype, layout)
+    for dtype in ("float32", "bfloat16")
+    for layout in ("contiguous_format", "channels_last")
+)

@@ -7,13 +7,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from shapes import Shape
 
 Call = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # more than any L2
+PRODUCTS = "bare products"  # no loss: what its products alone take
 GRAPH_BELOW = 100e-6  # seconds: shorter calls are replayed from a CUDA graph
 
 
@@ -108,6 +110,18 @@ def gemm_ceiling(device: str = "cpu", n: int = 2048, dtype: torch.dtype = torch.
     clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
     torch.mm(a, b, out=out)
     return 2.0 * n**3 / min(clock(lambda: torch.mm(a, b, out=out)) for _ in range(10))
+
+
+def bare_products(shape: Shape, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The products that a loss with gradients has when S is kept, alone, by the vendor's library in
+    the dtype of the inputs: S, G K, and G^T Q for a loss over two sets (NT-Xent's autograd too). S
+    stands for G."""
+    q, k, *negatives = inputs
+    if shape.stacked:
+        q = k = torch.cat((q, k))
+    k = negatives[0] if negatives else k
+    s = q @ k.T
+    return [s @ k, s.T @ q]
 
 
 PEAK = """

@@ -18,6 +18,7 @@ from .batchnorm import (
 )
 from .functional import clip_loss, info_nce_loss, nt_xent_loss, uel_loss
 from .grad import value_and_grad
+from .graphed import GraphedAttack
 from .losses import ClipLoss, InfoNCELoss, NTXentLoss, UELLoss
 from .step import CLAEOutput, clae_step
 
@@ -29,6 +30,7 @@ __all__ = [
     "DualBatchNorm2d",
     "DualBatchNorm3d",
     "DualSyncBatchNorm",
+    "GraphedAttack",
     "InfoNCELoss",
     "NTXentLoss",
     "UELLoss",

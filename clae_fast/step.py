@@ -11,9 +11,11 @@ from . import validation as check
 from .adversarial import Bounds, Size, check_attack, frozen, sign_step
 from .batchnorm import aux_layers, batchnorm_branch, replay_aux, running_statistics
 from .grad import leaf, value_and_grad
+from .graphed import GraphedAttack
 from .losses import NTXentLoss
 
 ATTACKS = ("exact", "shared")
+_DEFAULT_LOSS = NTXentLoss(0.5)
 
 
 class CLAEOutput(NamedTuple):
@@ -35,7 +37,7 @@ def clae_step(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     eps: Size = 0.03,
     alpha: float = 1.0,
-    attack: str = "exact",
+    attack: str | GraphedAttack = "exact",
     bounds: Bounds = None,
 ) -> CLAEOutput:
     """Contrastive loss of two views, and of one view with its adversarial example.
@@ -64,7 +66,8 @@ def clae_step(
             value, in normalised units.
         alpha: weight of the adversarial term, at least 0.
         attack: "exact", or "shared": take the attack's gradient on the clean forward of x_i, 10 F.
-            Another method (main statistics in the attack), for eager encoders.
+            Another method (main statistics in the attack), for eager encoders. A `GraphedAttack`
+            is "exact", replayed as a CUDA graph.
         bounds: None, as published, or (low, high) as in `fgsm`.
 
     Returns:
@@ -93,15 +96,20 @@ def clae_step(
             f"{tuple(x_i.shape)} and {tuple(x_j.shape)}"
         )
     check.number("alpha", alpha, at_least=0)
-    check.word("attack", attack, ATTACKS)
+    if not isinstance(attack, GraphedAttack):
+        check.word("attack", attack, ATTACKS)
     if loss is None:
-        loss = NTXentLoss(0.5)
+        loss = _DEFAULT_LOSS
     check.function("loss", loss)
     if getattr(loss, "reduction", None) == "none":
         raise ValueError('loss must return a scalar, got one with reduction="none"')
 
-    if attack == "exact":
-        grad = _attack_gradient(_inner(encoder), x_i, loss)
+    if attack != "shared":
+        inner = _inner(encoder)
+        if isinstance(attack, GraphedAttack):
+            grad = attack.gradient(_attack_gradient, inner, x_i, loss)
+        else:
+            grad = _attack_gradient(inner, x_i, loss)
         with batchnorm_branch(encoder, "main"):
             z_i = _encode(encoder, x_i)
     else:

@@ -80,10 +80,7 @@ GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
         64: Config(64, 64, 64, 4, 2),
         MAX_WIDTH: Config(64, 64, 128, 8, 2),
     },
-    (8, "gradient", torch.float32): {
-        64: Config(64, 16, 64, 4, 2),
-        MAX_WIDTH: Config(32, 32, 64, 8, 2),
-    },
+    (8, "gradient", torch.float32): {MAX_WIDTH: Config(32, 32, 64, 8, 2)},
     **{
         (10, "two-sided", dtype): {
             128: Config(64, 64, 128, 4, 2),
@@ -202,6 +199,11 @@ class Pairs:
         parts = max(1, min(parts, tiles // 2, 64))
         columns = triton.cdiv(tiles, parts) * config.BN
         return triton.cdiv(self.M, columns) if columns else 1, columns
+
+
+def add_parts(x: Tensor) -> Tensor:
+    """The sum of (parts, ...), in their order."""
+    return x[0] if len(x) == 1 else x.sum(0)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -96,6 +96,15 @@ def known_maximum(t, n):
 
 
 @triton.jit
+def start(scale, scale_ptr, n, RECIPROCAL: tl.constexpr, MAXIMUM: tl.constexpr):
+    """What sweeps with sums of n exponentials start from: t, the maximum in base 2 if it is known,
+    and whether MAXIMUM is the way that serves this t."""
+    t = scale_of(scale, scale_ptr, RECIPROCAL)
+    known, zero = known_maximum(t, n)
+    return t, zero * LOG2E, known == (MAXIMUM == KNOWN)
+
+
+@triton.jit
 def leave_out(
     x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -129,6 +138,20 @@ def add_exponents(x, top, total):
     keep = tl.exp2(finite_or_zero(top) - zero)
     keep = tl.where(top == -float("inf"), 0.0, keep)
     return e, now, total * keep + tl.sum(e, 1), keep
+
+
+@triton.jit
+def add_part(top_ptr, total_ptr, place, mask, top, total):
+    """Maximum and sum of 2^(x - maximum) of each row so far, and of a part more; the maximum of
+    that part too. A part whose sum is 0 has seen no column; its maximum may be anything."""
+    sums = tl.load(total_ptr + place, mask=mask, other=0.0)
+    here = tl.load(top_ptr + place, mask=mask, other=-float("inf"))
+    here = tl.where(sums == 0.0, -float("inf"), here)
+    now = tl.maximum(top, here)
+    zero = finite_or_zero(now)
+    before = tl.where(total == 0.0, 0.0, total * tl.exp2(finite_or_zero(top) - zero))
+    more = tl.where(sums == 0.0, 0.0, sums * tl.exp2(finite_or_zero(here) - zero))
+    return now, before + more, here
 
 
 @triton.jit

@@ -17,17 +17,16 @@ from torch import Tensor
 
 from ..numerics import effective_scale
 from . import wide
-from ._launch import Pairs, launch
+from ._launch import Pairs, add_parts, launch
 from ._tile import (
     KNOWN,
     LOG2E,
     ONLINE,
     finite_or_zero,
-    known_maximum,
     leave_out,
     load_rows,
-    scale_of,
     similarities,
+    start,
     store_rows,
     weighted_rows,
 )
@@ -45,12 +44,10 @@ def _grad(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     at = tl.program_id(2) * BD + tl.arange(0, BD)
-    t = scale_of(scale, scale_ptr, RECIPROCAL)
-    known, zero = known_maximum(t, tl.maximum(N, M))
+    t, zero, serves = start(scale, scale_ptr, tl.maximum(N, M), RECIPROCAL, MAXIMUM)
     if ASKED:
-        if known != (MAXIMUM == KNOWN):
+        if not serves:
             return
-    zero *= LOG2E
     if row_weight_ptr is not None:
         row_weight = tl.load(row_weight_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
         if MAXIMUM != KNOWN:
@@ -127,7 +124,7 @@ def row_gradient(
             columns, D, config.BM, config.BN, config.BD, scaled, maximum, asked, **pairs.flags,
             **config.run(),
         )  # fmt: skip
-    return dq[0] if parts == 1 else dq.sum(0)
+    return add_parts(dq)
 
 
 def pair_grad(

@@ -15,17 +15,15 @@ from torch import Tensor
 from . import wide
 from ._launch import Pairs, launch
 from ._tile import (
-    KNOWN,
     LOG2E,
     accumulate,
-    finite_or_zero,
+    add_part,
     first_top,
-    known_maximum,
     leave_out,
     load_rows,
     log_of,
-    scale_of,
     similarities,
+    start,
 )
 
 
@@ -39,12 +37,10 @@ def _lse(
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
-    t = scale_of(scale, scale_ptr, RECIPROCAL)
-    known, zero = known_maximum(t, tl.maximum(N, M))
+    t, zero, serves = start(scale, scale_ptr, tl.maximum(N, M), RECIPROCAL, MAXIMUM)
     if ASKED:
-        if known != (MAXIMUM == KNOWN):
+        if not serves:
             return
-    zero *= LOG2E
     top = first_top(zero, BM, MAXIMUM)
     total = tl.zeros((BM,), tl.float32)
     at = tl.arange(0, BD)
@@ -68,21 +64,13 @@ def _lse(
 
 @triton.jit
 def combine(top_ptr, total_ptr, lse_ptr, N, parts, BLOCK: tl.constexpr):
-    """The log-sum-exp of each row from maximum and sum of its parts, (parts, N), in their order. A
-    part whose sum is 0 has seen no column; its maximum may be anything."""
+    """The log-sum-exp of each row from maximum and sum of its parts, (parts, N), in their order."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
         place = tl.cast(part, tl.int64) * N + rows
-        sums = tl.load(total_ptr + place, mask=rows < N, other=0.0)
-        here = tl.load(top_ptr + place, mask=rows < N, other=-float("inf"))
-        here = tl.where(sums == 0.0, -float("inf"), here)
-        now = tl.maximum(top, here)
-        zero = finite_or_zero(now)
-        before = tl.where(total == 0.0, 0.0, total * tl.exp2(finite_or_zero(top) - zero))
-        total = before + tl.where(sums == 0.0, 0.0, sums * tl.exp2(finite_or_zero(here) - zero))
-        top = now
+        top, total, here = add_part(top_ptr, total_ptr, place, rows < N, top, total)
     tl.store(lse_ptr + rows, log_of(top, total), mask=rows < N)
 
 

@@ -13,16 +13,14 @@ from torch import Tensor
 from . import wide
 from ._launch import Pairs, launch
 from ._tile import (
-    KNOWN,
     LOG2E,
     accumulate,
     first_top,
-    known_maximum,
     leave_out,
     load_rows,
     log_of,
-    scale_of,
     similarities,
+    start,
     store_rows,
     weighted_rows,
 )
@@ -39,12 +37,10 @@ def _mean(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     at = tl.program_id(2) * BD + tl.arange(0, BD)
-    t = scale_of(scale, scale_ptr, RECIPROCAL)
-    known, zero = known_maximum(t, tl.maximum(N, M))
+    t, zero, serves = start(scale, scale_ptr, tl.maximum(N, M), RECIPROCAL, MAXIMUM)
     if ASKED:
-        if known != (MAXIMUM == KNOWN):
+        if not serves:
             return
-    zero *= LOG2E
     top = first_top(zero, BM, MAXIMUM)
     total = tl.zeros((BM,), tl.float32)
     o = tl.zeros((BM, BD), tl.float32)

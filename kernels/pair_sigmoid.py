@@ -2,8 +2,8 @@
 
 `y = +1` on the diagonal and -1 elsewhere. Elementwise, so no reduction comes before the gradient:
 one sweep makes loss, slopes and dq (2 GEMMs, 1 exponential a pair), one with rows and columns
-exchanged makes dk (2 more). A program owns BM rows and BD of the width and passes over all columns:
-the same bits every run. Nothing is saved.
+exchanged makes dk (2 more). A program owns BM rows, BD of the width and one part of the columns;
+parts are added in their order: the same bits every run. Nothing is saved.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..numerics import alarm
-from ._launch import Pairs, launch
+from ._launch import Pairs, add_parts, launch
 from ._tile import (
     load_rows,
     scale_of,
@@ -27,12 +27,13 @@ from ._tile import (
 @triton.jit
 def _sigmoid(
     x_ptr, y_ptr, loss_ptr, slope_ptr, dx_ptr, row_weight_ptr, col_weight_ptr, bias, bias_ptr,
-    scale, scale_ptr, row_ids_ptr, col_ids_ptr, N, M, offset, x_stride, y_stride,
+    scale, scale_ptr, row_ids_ptr, col_ids_ptr, N, M, offset, x_stride, y_stride, columns_of_part,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    at = tl.program_id(1) * BD + tl.arange(0, BD)
+    part = tl.program_id(1)
+    at = tl.program_id(2) * BD + tl.arange(0, BD)
     t = scale_of(scale, scale_ptr, RECIPROCAL)
     b = bias
     if bias_ptr is not None:
@@ -44,7 +45,8 @@ def _sigmoid(
     slope = tl.zeros((BM,), tl.float32)
     dx = tl.zeros((BM, BD), tl.float32)
     x = load_rows(x_ptr, x_stride, rows, N, at, D, BD)
-    for j in range(0, M, BN):
+    begin = part * columns_of_part
+    for j in range(begin, min(begin + columns_of_part, M), BN):
         cols = j + tl.arange(0, BN)
         y = load_rows(y_ptr, y_stride, cols, M, at, D, BD)
         s = similarities(
@@ -67,12 +69,13 @@ def _sigmoid(
         slope += tl.sum(g, 1)
         if dx_ptr is not None:
             dx = weighted_rows(g, y, dx, PRECISION)
+    first = part.to(tl.int64) * N
     if dx_ptr is not None:
-        store_rows(dx_ptr, D, rows, N, at, dx * t, D)
+        store_rows(dx_ptr, D, first + rows, first + N, at, dx * t, D)
     if loss_ptr is not None:
-        mine = (rows < N) & (tl.program_id(1) == 0)
-        tl.store(loss_ptr + rows, loss, mask=mine)
-        tl.store(slope_ptr + rows, slope, mask=mine)
+        mine = (rows < N) & (tl.program_id(2) == 0)
+        tl.store(loss_ptr + first + rows, loss, mask=mine)
+        tl.store(slope_ptr + first + rows, slope, mask=mine)
 
 
 def pair_sigmoid(
@@ -92,30 +95,32 @@ def pair_sigmoid(
     """`reference.pair_sigmoid`."""
 
     def sweep(
-        pairs: Pairs, loss: Tensor | None, slope: Tensor | None, dx: Tensor | None, *weights: Any
-    ) -> None:
+        pairs: Pairs, need_loss: bool, need_dx: bool, *weights: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Loss, slope and dx of the rows, None where not needed."""
         # Without a gradient one pass over the width is enough, whatever it is.
-        config = pairs.config("gradient")
-        passes = 1 if dx is None else triton.cdiv(pairs.D, config.BD)
+        config, N, D = pairs.config("gradient"), pairs.N, pairs.D
+        passes = triton.cdiv(D, config.BD) if need_dx else 1
+        parts, columns = pairs.split(config, passes)
+        sums = [pairs.new(parts, N) if need_loss else None for _ in range(2)]
+        dx = pairs.new(parts, N, D) if need_dx else None
         launch(
-            _sigmoid, (triton.cdiv(pairs.N, config.BM), passes), pairs.q, pairs.k, loss, slope, dx,
-            *weights, float(bias), bias_tensor, *pairs.scale, *pairs.ids, *pairs.extents, pairs.D,
-            config.BM, config.BN, config.BD, **pairs.flags, **config.run(),
+            _sigmoid, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, *sums, dx,
+            *weights, float(bias), bias_tensor, *pairs.scale, *pairs.ids, *pairs.extents, columns,
+            D, config.BM, config.BN, config.BD, **pairs.flags, **config.run(),
         )  # fmt: skip
+        return tuple(None if x is None else add_parts(x) for x in (*sums, dx))
 
     scaling = (scale, scale_tensor, reciprocal, "none", 0)
     pairs = Pairs(q, k, *scaling, row_ids, col_ids)
-    nothing = pairs.new(0)
-    loss, slope = pairs.new(pairs.N), pairs.new(pairs.N)
-    dq = pairs.new(pairs.N, pairs.D) if need_dq else None
-    sweep(pairs, loss, slope, dq, row_weight, None)
+    loss, slope, dq = sweep(pairs, True, need_dq, row_weight, None)
     dk = None
     if need_dk:
-        dk = pairs.new(pairs.M, pairs.D)
-        sweep(Pairs(k, q, *scaling, col_ids, row_ids), None, None, dk, None, row_weight)
+        turned = Pairs(k, q, *scaling, col_ids, row_ids)
+        dk = sweep(turned, False, True, None, row_weight)[2]
     return (
         loss + alarm(q, k),
         slope,
-        nothing if dq is None else dq,
+        pairs.new(0) if dq is None else dq,
         pairs.new(0) if dk is None else dk,
     )

@@ -12,15 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Pairs, launch, multiprocessors
-from ._tile import (
-    LOG2E,
-    known_maximum,
-    leave_out,
-    load_rows,
-    log_of,
-    scale_of,
-    similarities,
-)
+from ._tile import KNOWN, LOG2E, leave_out, load_rows, log_of, similarities, start
 from .pair_lse import row_sums
 
 
@@ -56,12 +48,10 @@ def _tiles(
     D: tl.constexpr, B: tl.constexpr, BD: tl.constexpr, SYMMETRIC: tl.constexpr,
     ASKED: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
-    t = scale_of(scale, scale_ptr, RECIPROCAL)
-    known, zero = known_maximum(t, tl.maximum(N, M))
+    t, zero, serves = start(scale, scale_ptr, tl.maximum(N, M), RECIPROCAL, KNOWN)
     if ASKED:
-        if not known:
+        if not serves:
             return
-    zero *= LOG2E
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     count = _first_of(tl.cast(strips, tl.int64), tiles, SYMMETRIC)
@@ -103,15 +93,15 @@ def _add_up(
     """The log-sum-exps from the sums of all programs, whose maximum is known: of
     `length` of them from `first` on."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    known, zero = known_maximum(scale_of(scale, scale_ptr, RECIPROCAL), n)
+    t, zero, serves = start(scale, scale_ptr, n, RECIPROCAL, KNOWN)
     if ASKED:
-        if not known:
+        if not serves:
             return
     total = tl.zeros((BLOCK,), tl.float32)
     for program in range(programs):
         place = tl.cast(program, tl.int64) * count + first + at
         total += tl.load(total_ptr + place, mask=at < length, other=0.0)
-    top = tl.zeros((BLOCK,), tl.float32) + zero * LOG2E
+    top = tl.zeros((BLOCK,), tl.float32) + zero
     tl.store(lse_ptr + at, log_of(top, total), mask=at < length)
 
 

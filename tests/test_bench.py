@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -45,11 +46,13 @@ def quick(tmp_path_factory):
 
 def test_quick_runs_and_every_gradient_is_right(quick, bench):
     text, result = quick
-    shapes = {r["shape"] for r in result["records"]}
-    assert shapes == {s.name for s in bench["shapes"].SHAPES if s.quick}
-    ours = [r for r in result["records"] if r["provider"] == "clae_fast-cpp"]
+    losses = [r for r in result["records"] if r["kind"] == "loss"]
+    assert {r["shape"] for r in losses} == {s.name for s in bench["shapes"].SHAPES if s.quick}
+    steps = [(r["dtype"], r["layout"]) for r in result["records"] if r["kind"] == "sign_step"]
+    assert tuple(steps) == bench["shapes"].SIGN_STEPS
+    ours = [r for r in losses if r["provider"] == "clae_fast-cpp"]
     assert {r["mode"] for r in ours} == {"forward", "forward+backward", "value_and_grad"}
-    for record in result["records"]:
+    for record in losses:
         assert "wrong" not in record, record
         assert record["loss_error"] < 2e-6
         assert record["dtype"] == "float32"
@@ -360,6 +363,35 @@ def test_goals_are_met_or_missed_by_so_much(bench):
             "at least 1.5x: **1.20x, missed by 20 %**"
         ),
     }
+
+
+def test_goals_on_a_gpu(bench):
+    """The products alone are no other loss, and are compared where a goal asks for them."""
+    record = {
+        "kind": "loss", "shape": "simclr-8192", "mode": "forward+backward",
+        "provider": "clae_fast-triton", "seconds": 1.0,
+        "times_as_fast_as": {"compiled": [2, 4.0, 5], "bare products": [0.8, 0.9, 1]},
+    }  # fmt: skip
+    update = {"kind": "sign_step", "dtype": "float32", "layout": "any", "share_of_copy": 0.9}
+    found = bench["goals"].goals([record, update], "clae_fast-triton")
+    assert {goal.what: str(goal) for goal in found} == {
+        "simclr-8192, against compiled": "4.00x, met",
+        "simclr-8192, against bare products": "**0.90x, missed by 10 %**",
+        "sign_step, float32, any, bandwidth of a copy": "90 %, met",
+        "never slower than another; least: simclr-8192, compiled": "4.00x, met",
+    }
+
+
+@pytest.mark.parametrize("name", ["simclr-64", "clae-plain-128", "queue-65536"])
+def test_bare_products_are_the_three_of_a_loss(bench, name):
+    shape = bench["shapes"].BY_NAME[name]
+    if shape.queue:
+        shape = shape._replace(queue=500)
+    with FlopCounterMode(display=False) as counter:
+        dq, dk = bench["timing"].bare_products(shape, bench["gate"].inputs(shape))
+    assert counter.get_total_flops() == 3 * shape.gemm_flops
+    assert dq.shape == (shape.rows, shape.width)
+    assert dk.shape == (shape.columns, shape.width)
 
 
 def test_the_readme_holds_the_committed_results(bench):

@@ -1,13 +1,23 @@
 """What only a GPU can show of the backend `triton`: sizes, synchronisation, graphs, memory. Left
 out, with a line that says so, where there is none."""
 
+import copy
 import functools
 
 import pytest
 import torch
 from dense import error
 
-from clae_fast import clip_loss, info_nce_loss, nt_xent_loss, use_backend, value_and_grad
+from clae_fast import (
+    GraphedAttack,
+    clae_step,
+    clip_loss,
+    convert_dual_batchnorm,
+    info_nce_loss,
+    nt_xent_loss,
+    use_backend,
+    value_and_grad,
+)
 from clae_fast.ops import raw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gpu_only]
@@ -86,6 +96,29 @@ def test_no_synchronisation_and_in_a_graph(loss, shape):
     assert torch.equal(value, expected)
     for got, ref in zip(grads, refs, strict=True):
         assert torch.equal(got, ref)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_graphed_attack(autocast):
+    """A replayed attack is the exact one, to the bit, while weights and statistics move."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(16 * 36, 32),
+    )  # fmt: skip
+    one = convert_dual_batchnorm(net.to(memory_format=torch.channels_last))
+    two, graphed = copy.deepcopy(one), GraphedAttack()
+    data = [torch.rand(2, 64, 3, 8, 8) for _ in range(8)]
+    for encoder, attack in ((one, "exact"), (two, graphed)):
+        optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+        for x_i, x_j in data:
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                out = clae_step(encoder, x_i, x_j, attack=attack)
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
 
 
 def test_memory():

@@ -235,6 +235,9 @@ class PretrainConfig:
         True, _MACHINE, "", "memory layout in which convolutions are fastest"
     )
     compile: bool = _setting(False, _MACHINE, "", "torch.compile the encoder")
+    cuda_graph: bool = _setting(
+        False, _MACHINE, "", "replay the attack as a CUDA graph: small batches on a GPU gain most"
+    )
     threads: int | None = _setting(
         None,
         _MACHINE,
@@ -298,7 +301,7 @@ class PretrainConfig:
         self._number("aux_momentum", above=0.0)
         self._at_most("aux_momentum", 1)
         self._at_most("warmup", 1)
-        self._below("momentum", 1)
+        self._at_most("momentum", 1, "below")
         self._at_most("lr", 1e30)
         self._words()
         self._together()
@@ -358,11 +361,12 @@ class PretrainConfig:
             expected = f"one size of the attack, and eps={self.eps:g} is another"
             raise ConfigError("eps_pixels", self.eps_pixels, expected)
         if self.accumulate > self.batch_size:
-            raise ConfigError(
-                "accumulate", self.accumulate, f"at most the batch size ({self.batch_size})"
-            )
+            expected = f"at most the batch size ({self.batch_size})"
+            raise ConfigError("accumulate", self.accumulate, expected)
         if self.accumulate > 1 and self.clae and self.attack != "exact":
             raise ConfigError("accumulate", self.accumulate, "1 with this attack")
+        if self.cuda_graph and not (self.clae and self.attack == "exact" and self.accumulate == 1):
+            raise ConfigError("cuda_graph", True, "clae, attack exact and accumulate 1 beside it")
         if self.clae and self.attack == "published" and self.precision == "float16":
             raise ConfigError(
                 "attack", self.attack, "exact with float16: its small gradients become 0"
@@ -410,10 +414,7 @@ class PretrainConfig:
         ):
             raise ConfigError(field, value, f"a finite number {bound}")
 
-    def _at_most(self, field: str, high: float) -> None:
-        if getattr(self, field) > high:
-            raise ConfigError(field, getattr(self, field), f"a number of at most {high:g}")
-
-    def _below(self, field: str, high: float) -> None:
-        if getattr(self, field) >= high:
-            raise ConfigError(field, getattr(self, field), f"a number below {high:g}")
+    def _at_most(self, field: str, high: float, bound: str = "of at most") -> None:
+        value = getattr(self, field)
+        if value > high or (bound == "below" and value == high):
+            raise ConfigError(field, value, f"a number {bound} {high:g}")

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from clae_fast import InfoNCELoss, NTXentLoss, UELLoss, clae_step
+from clae_fast import GraphedAttack, InfoNCELoss, NTXentLoss, UELLoss, clae_step
 
 from .accumulate import accumulated_step, check_independent
 from .config import ConfigError, PretrainConfig
@@ -59,7 +59,8 @@ class TrainingStep:
         device: of the encoder.
 
     Raises:
-        ConfigError: accumulation with an encoder for which it is not exact.
+        ConfigError: accumulation with an encoder for which it is not exact; a CUDA graph without a
+            GPU.
     """
 
     def __init__(
@@ -81,6 +82,9 @@ class TrainingStep:
         if config.accumulate > 1:
             check_independent(encoder, image, config.accumulate)
         self.encoder = encoder
+        if config.cuda_graph and device.type != "cuda":
+            raise ConfigError("cuda_graph", True, f"a GPU, and the run is on {device}")
+        self.attack = GraphedAttack() if config.cuda_graph else config.attack
         if config.compile:
             self.encoder = cast("nn.Module", torch.compile(encoder))
         m, s = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
@@ -121,7 +125,7 @@ class TrainingStep:
                         loss=self.loss,
                         eps=self.eps,
                         alpha=config.alpha,
-                        attack=config.attack,
+                        attack=self.attack,
                         bounds=self.bounds,
                     )
                 total = out.loss
