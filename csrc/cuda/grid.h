@@ -18,12 +18,12 @@ namespace gpu {
 //
 // The low half of the word counts blocks, the high half finished barriers: block 0 adds what makes
 // the sum of one barrier 2^16, so the high half changes with the last arrival, whoever that is.
+// The block's barrier makes its writes thread 0's to release, and what it acquires everyone's.
 CLAE_DEVICE void sync_grid(unsigned* word) {
 #if defined(__CUDACC__)
   __syncthreads();
   if (threadIdx.x == 0) {
     const unsigned mine = blockIdx.x == 0 ? 0x10000u - (gridDim.x - 1) : 1u;
-    __threadfence();
     unsigned before, now;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                  : "=r"(before)
@@ -35,7 +35,6 @@ CLAE_DEVICE void sync_grid(unsigned* word) {
                    : "l"(__cvta_generic_to_global(word))
                    : "memory");
     } while ((now ^ before) >> 16 == 0);
-    __threadfence();
   }
   __syncthreads();
 #else
@@ -51,9 +50,12 @@ CLAE_DEVICE bool take_ticket(unsigned* counter, unsigned count) {
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(counter, count - 1) == count - 1;
-    __threadfence();
+    unsigned before;  // inc wraps to zero after count - 1
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(counter)), "r"(count - 1)
+                 : "memory");
+    last = before == count - 1;
   }
   return __syncthreads_or(last) != 0;
 #else

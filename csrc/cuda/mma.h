@@ -18,9 +18,9 @@ namespace gpu {
 
 // The extent of k of one mma.
 template <typename Format>
-constexpr int kMmaDepth = 16;
+inline constexpr int kMmaDepth = 16;
 template <>
-constexpr int kMmaDepth<Tf32> = 8;
+inline constexpr int kMmaDepth<Tf32> = 8;
 
 // Four 8 x 8 matrices of 16-bit numbers (or 8 x 4 of 32-bit ones) from shared memory. Lane 8 i + r
 // gives the address of row r of matrix i; r[i] is its row lane / 4, numbers 2 (lane % 4) and next.
