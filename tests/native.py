@@ -14,8 +14,8 @@ CXX = os.environ.get("CXX", "c++")
 SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def compile_and_run(folder, name, *flags, sources=()):
-    """The words that csrc/tests/<name>.cpp prints; `sources` of csrc are linked to it."""
+def compile_program(folder, name, *flags, sources=()):
+    """csrc/tests/<name>.cpp as a program; `sources` of csrc are linked to it."""
     binary = folder / "main"
     files = [ROOT / "csrc" / "tests" / f"{name}.cpp", *(ROOT / "csrc" / s for s in sources)]
     command = [*shlex.split(CXX), "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags]
@@ -23,6 +23,12 @@ def compile_and_run(folder, name, *flags, sources=()):
     if built.returncode and "sanitize" in " ".join(flags) and "cannot find" in built.stderr:
         pytest.skip("the sanitizer's library is not installed")
     assert built.returncode == 0, built.stderr
+    return binary
+
+
+def compile_and_run(folder, name, *flags, sources=()):
+    """The words that the program prints."""
+    binary = compile_program(folder, name, *flags, sources=sources)
     ran = subprocess.run(
         [binary], env={"ASAN_OPTIONS": "detect_leaks=0"}, capture_output=True, text=True
     )

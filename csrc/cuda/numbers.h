@@ -163,5 +163,17 @@ CLAE_DEVICE unsigned to_tf32(float x) {
 #endif
 }
 
+// The same, done where it stands: of what does not change in a loop, a compiler would otherwise
+// keep the results of all rounds in registers.
+CLAE_DEVICE unsigned to_tf32_here(float x) {
+#if defined(__CUDACC__)
+  unsigned bits;
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#else
+  return to_tf32(x);
+#endif
+}
+
 }  // namespace gpu
 }  // namespace clae_fast

@@ -109,6 +109,24 @@ Bits run_swap() {
   return bits_of_all(y);
 }
 
+template <typename Format>
+Bits run_twice() {
+  Vectors v(512, 1);
+  for (int i = 0; i < 512; ++i) v.xs()[i] = std::nearbyint(2 * uniform());
+  std::vector<double> truth(v.xs(), v.xs() + 256);  // a, then a b, then a b b
+  for (int time = 0; time < 2; ++time) {
+    std::vector<double> product(256);
+    for (int i = 0; i < 256; ++i)
+      for (int k = 0; k < 16; ++k)
+        product[i] += truth[i / 16 * 16 + k] * v.xs()[256 + k * 16 + i % 16];
+    truth = product;
+  }
+  emulated::launch(twice<Format>, 1, 32, 32 * 24 * 2, v.params(0));
+  std::vector<float> y(v.ys(), v.ys() + 256);
+  compare(y, truth, 0);
+  return bits_of_all(y);
+}
+
 // Three launches on one workspace that is never cleared, of different grids.
 template <int kBug>
 Bits run_normalise() {
@@ -125,8 +143,16 @@ Bits run_normalise() {
     compare(y, truth, 1e-7);
     for (unsigned bits : bits_of_all(y)) all.push_back(bits);
   }
-  if (v.workspace[0] != 3u << 16) die("three barriers did not leave their word ready");
+  if (v.workspace[0] != 3u << 16)
+    throw std::runtime_error("barriers did not leave their word ready");
   return all;
+}
+
+static Bits run_dirty() {
+  Vectors v(128, 2);
+  v.workspace[0] = 1;
+  emulated::launch(normalise<64, kRight>, 2, 64, kVectorBytes<64>, v.params(128));
+  return {};
 }
 
 template <int kBug>
@@ -140,7 +166,7 @@ Bits run_total() {
     for (int i = 0; i < n; ++i) sum += v.xs()[i];
     compare({v.ys()[0]}, {sum}, 1e-3);
     all.push_back(bits_of(v.ys()[0]));
-    if (v.workspace[1]) die("the tickets did not leave their counter zero");
+    if (v.workspace[1]) throw std::runtime_error("the tickets did not leave their counter zero");
   }
   return all;
 }
@@ -180,7 +206,8 @@ static const Planted kPlanted[] = {
     {"missing-sync_block", "wrong number", run_gemm<Bf16, false, kNoSyncBlock>},
     {"missing-sync_block-after", "wrong number", run_gemm<Bf16, false, kNoSyncAfter>},
     {"missing-sync_block-in-sum", "wrong number", run_total<kNoSyncBlock>},
-    {"missing-copy-wait", "copies that it never waited for", run_gemm<Tf32, false, kNoCopyWait>},
+    {"missing-copy-wait", "wrong number", run_gemm<Tf32, false, kNoCopyWait>},
+    {"missing-last-wait", "copies that it never waited for", run_gemm<Bf16, true, kNoLastWait>},
     {"missing-grid-barrier", "wrong number", run_normalise<kNoSyncGrid>},
     {"missing-sync_warp", "wrong number", run_swap<kNoSyncWarp>},
     {"wrong-fragment", "wrong number", run_gemm<F16, false, kWrongFragment>},
@@ -188,8 +215,11 @@ static const Planted kPlanted[] = {
     {"two-collectives", "divergent collective: a lane calls ", run_total<kTwoCollectives>},
     {"early-exit", "deadlock: ", run_normalise<kEarlyExit>},
     {"one-past", "outside of every carved array", run_normalise<kOnePast>},
+    {"read-past", "wrong number", run_normalise<kReadPast>},
     {"misaligned", "misaligned: load_global of 16 bytes", run_swap<kMisaligned>},
     {"skipped-barrier", "deadlock: ", run_total<kSkippedBarrier>},
+    {"wrong-ticket-count", "wrong number", run_total<kTooFewTickets>},
+    {"dirty-workspace", "not zero before its first use", run_dirty},
 };
 
 static std::string error_of(const Planted& bug) {
@@ -215,8 +245,8 @@ static void check_planted(const Planted& bug) {
   std::printf("caught %s by %s | %s\n", bug.name, where.c_str(), first.c_str());
 }
 
-// 2^-13 is half a unit of the sum's last place in float32, so rounding to nearest keeps the sum and
-// what is above it shows the difference: truncation loses what nearest would round up.
+// Sums of 2,048 positive products in 128 steps, against double: nearest errs either way by about
+// the square root of the steps, truncation always downwards and by their number.
 static void check_accumulation() {
   settings.schedule = Schedule::kAscending;
   double errors[2];
@@ -240,8 +270,8 @@ static void check_accumulation() {
   }
   settings.accumulation = Accumulation::kNearest;
   std::printf("accumulation %.2e %.2e\n", errors[0], errors[1]);
-  if (!(std::fabs(errors[0]) < 5e-7)) die("rounding to nearest lost too much");
-  if (!(errors[1] < -1e-6 && errors[1] > -3e-5)) die("truncation does not bias the sum down");
+  if (!(std::fabs(errors[0]) < 2e-6)) die("rounding to nearest lost too much");
+  if (!(errors[1] < -5e-6 && errors[1] > -3e-5)) die("truncation does not bias the sum down");
 }
 
 // Every 16-bit pattern there and back, and neighbours of float32 against the definition.
@@ -301,6 +331,8 @@ int main(int argc, char** argv) {
   check_right("gemm-f16", run_gemm<F16, false, kRight>);
   check_right("gemm-f16-trans", run_gemm<F16, true, kRight>);
   check_right("gemm-tf32", run_gemm<Tf32, false, kRight>);
+  check_right("twice-bf16", run_twice<Bf16>);
+  check_right("twice-f16", run_twice<F16>);
   check_right("swap", run_swap<kRight>);
   check_right("normalise", run_normalise<kRight>);
   check_right("total", run_total<kRight>);

@@ -11,6 +11,7 @@ template CLAE_KERNEL(128) gemm<Tf32, false, kRight>(CLAE_PARAMS(GemmParams));
 template CLAE_KERNEL(128) swap_neighbours<128, kRight>(CLAE_PARAMS(VectorParams));
 template CLAE_KERNEL(128) normalise<128, kRight>(CLAE_PARAMS(VectorParams));
 template CLAE_KERNEL(128) total<128, kRight>(CLAE_PARAMS(VectorParams));
+template CLAE_KERNEL(32) twice<Bf16>(CLAE_PARAMS(VectorParams));
 template CLAE_KERNEL(256) busy<256>(CLAE_PARAMS(VectorParams));
 
 }  // namespace gpu

@@ -13,6 +13,7 @@ enum Bug {
   kNoSyncBlock,
   kNoSyncAfter,
   kNoCopyWait,
+  kNoLastWait,
   kNoSyncGrid,
   kNoSyncWarp,
   kWrongFragment,
@@ -20,8 +21,10 @@ enum Bug {
   kTwoCollectives,
   kEarlyExit,
   kOnePast,
+  kReadPast,
   kMisaligned,
   kSkippedBarrier,
+  kTooFewTickets,
 };
 
 // c [M, N] = a [M, K] b, with b [N, K], or [K, N] if kTrans (16-bit formats). Tiles of 32 x 32 by
@@ -100,6 +103,8 @@ gemm(CLAE_PARAMS(GemmParams) p) {
     }
     if (kBug != kNoSyncAfter) sync_block();  // before the slice is overwritten
   }
+  if (kBug == kNoLastWait) fetch(0);
+  if (kBug != kNoLastWait) wait_copies<0>();
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i) {
       const int y = row + warp_row + lane / 4 + i / 2 * 8;
@@ -131,7 +136,7 @@ CLAE_DEVICE float block_sum(float value, float* scratch) {
   if (lane_index() == 0) scratch[warp_index()] = value;
   if (kBug == kSkippedBarrier ? warp_index() != 1 : kBug != kNoSyncBlock) sync_block();
   float sum = 0;
-  for (int i = 0; i < kThreads / 32; ++i) sum += scratch[i];
+  for (int i = 0; i < kThreads / 32 + (kBug == kReadPast ? 1 : 0); ++i) sum += scratch[i];
   if (kBug == kOnePast && thread_index() == 0) scratch[kThreads / 32] = sum;
   return sum;
 }
@@ -147,7 +152,8 @@ swap_neighbours(CLAE_PARAMS(VectorParams) p) {
   float* scratch = carve<float>(cursor, 4 * kThreads);
   float* mine = scratch + 4 * thread_index();
   const int i = 4 * (block_index() * kThreads + thread_index());
-  store_shared(mine, load_global(p.x + i + (kBug == kMisaligned ? 1 : 0)));
+  const float* x = p.x + i + (kBug == kMisaligned ? 1 : 0);
+  store_shared(mine, block_index() ? load_l2(reinterpret_cast<const Vec16*>(x)) : load_global(x));
   if (kBug != kNoSyncWarp) sync_warp();
   store_global(p.y + i, load_shared(scratch + 4 * (thread_index() ^ 1)));
 }
@@ -179,11 +185,36 @@ total(CLAE_PARAMS(VectorParams) p) {
   const int i = block_index() * kThreads + thread_index();
   const float sum = block_sum<kThreads, kBug>(i < p.n ? p.x[i] : 0.0f, scratch);
   if (thread_index() == 0) p.partial[block_index()] = sum;
-  if (!take_ticket(p.workspace + 1, unsigned(block_count()))) return;
-  if (thread_index() > 0) return;
+  const int tickets = kBug == kTooFewTickets ? block_count() - 1 : block_count();
+  if (!take_ticket(p.workspace + 1, unsigned(tickets))) return;
+  if (thread_index() < kThreads - 1) return;  // not the one that took it
   float all = 0;
   for (int b = 0; b < block_count(); ++b) all += load_l2(p.partial + b);
   p.y[0] = all;
+}
+
+// y = (a b) b by one warp; a and b, 16 x 16 in x, hold whole numbers that stay exact. The first
+// product's accumulators are the second's a, which pins the columns of both layouts to each other.
+template <typename Format>
+CLAE_KERNEL(32)
+twice(CLAE_PARAMS(VectorParams) p) {
+  constexpr int kRow = 24;
+  SharedCursor cursor = dynamic_smem();
+  std::uint16_t* tile = carve<std::uint16_t>(cursor, 32 * kRow);
+  const int lane = lane_index();
+  const int row = shuffle((lane + 29) % 32, (lane + 3) % 32);  // its own number, from another
+  for (int i = 0; i < 16; ++i) tile[row * kRow + i] = narrow<Format>(p.x[row * 16 + i]);
+  sync_warp();
+  unsigned a[4], b[4];
+  ldmatrix_x4(a, tile + lane % 16 * kRow + lane / 16 * 8);
+  ldmatrix_x4_trans(b, tile + (16 + lane % 16) * kRow + lane / 16 * 8);
+  float c[2][4] = {}, y[2][4] = {};
+  for (int n = 0; n < 2; ++n) mma<Format>(c[n], a, b[2 * n], b[2 * n + 1]);
+  for (int i = 0; i < 4; ++i) a[i] = pack<Format>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+  for (int n = 0; n < 2; ++n) mma<Format>(y[n], a, b[2 * n], b[2 * n + 1]);
+  for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 4; ++i)
+      p.y[(lane / 4 + i / 2 * 8) * 16 + n * 8 + lane % 4 * 2 + i % 2] = y[n][i];
 }
 
 // The work of a real kernel's size: p.n products by each warp, a barrier of the block now and then

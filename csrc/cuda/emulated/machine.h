@@ -28,24 +28,15 @@ struct Settings {
 };
 inline Settings settings;
 
+// clang-format off
 enum Wait : std::uint8_t {
-  kRuns,
-  kShuffleXor,
-  kShuffle,
-  kSyncWarp,
-  kLdmatrix,
-  kLdmatrixTrans,
-  kMma16,
-  kMma32,
-  kSyncBlock,
-  kSyncGrid,
-  kExited,
-  kWaits
-};  // clang-format off
-inline constexpr const char* kWaitNames[kWaits] = {
-    "run", "shuffle_xor", "shuffle", "sync_warp", "ldmatrix_x4", "ldmatrix_x4_trans", "mma of 16 bits",
-    "mma of tf32", "sync_block", "sync_grid", "have exited"};
+  kRuns, kShuffleXor, kShuffle, kSyncWarp, kLdmatrix, kLdmatrixTrans, kMma16, kMma32, kSyncBlock,
+  kSyncGrid, kExited, kWaits
+};
 // clang-format on
+inline constexpr const char* kWaitNames[kWaits] = {
+    "run",        "shuffle_xor", "shuffle",    "sync_warp", "ldmatrix_x4", "ldmatrix_x4_trans",
+    "16-bit mma", "tf32 mma",    "sync_block", "sync_grid", "have exited"};
 
 // Where a copy stands that was issued and has not landed.
 struct Copy {
@@ -105,7 +96,6 @@ struct Machine {
 
   std::string error;
   std::uint64_t random = 1;
-  long switches = 0;
 
   char* stacks = nullptr;
   std::size_t stacks_used = 0, stack_stride = 0, stack_bytes = 0;
@@ -210,7 +200,6 @@ CLAE_UNSEEN inline void run(Thread* to, bool last = false) {
   Fiber& from = self ? self->fiber : m.launcher;
   m.previous = &from;
   m.current = to;
-  ++m.switches;
   switch_fiber(from, to ? to->fiber : m.launcher, last);
   arrived(from, *m.previous);
 }

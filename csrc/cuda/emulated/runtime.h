@@ -199,7 +199,6 @@ inline void run_machine() {
   m.order = Order();
   m.error.clear();
   m.random = settings.seed * 2 + 1;
-  m.switches = 0;
   for (int i = 0; i < 8; ++i) random_bits();  // small seeds start alike
   m.stack_bytes = CLAE_ASAN || CLAE_TSAN ? 128 << 10 : 64 << 10;
   // Not a power of two, or the tops of all stacks would share few sets of the caches.

@@ -52,22 +52,19 @@ namespace emulated {
 
 // Accesses of the emulator itself are no races: all fibers run on one OS thread.
 struct Quiet {
-#if CLAE_TSAN
   Quiet() {
+#if CLAE_TSAN
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
   }
   ~Quiet() {
+#if CLAE_TSAN
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#endif
   }
-#else
-  ~Quiet() {}
-#endif
   Quiet(const Quiet&) = delete;
-#if !CLAE_TSAN
-  Quiet() {}
-#endif
 };
 
 inline void poison([[maybe_unused]] const void* p, [[maybe_unused]] std::size_t bytes) {
