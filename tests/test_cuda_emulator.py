@@ -10,7 +10,7 @@ from nvcc import compile_cubin, cuobjdump
 
 RIGHT = [
     *("numbers", "gemm-bf16", "gemm-bf16-trans", "gemm-f16", "gemm-f16-trans", "gemm-tf32"),
-    *("twice-bf16", "twice-f16", "swap", "normalise", "total"),
+    *("twice-bf16", "twice-f16", "swap", "normalise", "total", "gemm-truncating"),
 ]
 SCHEDULES = ["ascending", "descending", "random-1", "random-2", "random-3", "round-robin"]
 RACES = [
@@ -21,7 +21,7 @@ RACES = [
 ANY = {
     *(*RACES[2:], "missing-copy-wait", "missing-last-wait", "wrong-fragment", "half-warp"),
     *("two-collectives", "early-exit", "one-past", "read-past", "misaligned", "skipped-barrier"),
-    "dirty-workspace",
+    *("dirty-workspace", "not-shared", "large-array", "too-little-shared"),
 }
 SOME = {*RACES[:2], "wrong-ticket-count"}
 

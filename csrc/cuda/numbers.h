@@ -58,7 +58,10 @@ inline float float_of(unsigned bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float exp2_approx(float x) { return std::exp2(x) < 0x1p-126f ? 0.0f : std::exp2(x); }
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
 inline float log2_approx(float x) { return std::log2(x); }
 inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }

@@ -25,6 +25,8 @@ enum Bug {
   kMisaligned,
   kSkippedBarrier,
   kTooFewTickets,
+  kNotShared,
+  kLargeArray,
 };
 
 // c [M, N] = a [M, K] b, with b [N, K], or [K, N] if kTrans (16-bit formats). Tiles of 32 x 32 by
@@ -152,6 +154,13 @@ swap_neighbours(CLAE_PARAMS(VectorParams) p) {
   float* scratch = carve<float>(cursor, 4 * kThreads);
   float* mine = scratch + 4 * thread_index();
   const int i = 4 * (block_index() * kThreads + thread_index());
+  if (kBug == kNotShared) copy_async(p.y, p.x);
+  if constexpr (kBug == kLargeArray) {
+    volatile float large[1 << 14];
+    large[i] = p.x[i];
+    sync_warp();
+    if (large[i] != p.x[i]) return;
+  }
   const float* x = p.x + i + (kBug == kMisaligned ? 1 : 0);
   store_shared(mine, block_index() ? load_l2(reinterpret_cast<const Vec16*>(x)) : load_global(x));
   if (kBug != kNoSyncWarp) sync_warp();

@@ -207,8 +207,9 @@ inline void run_machine() {
   m.free_stacks.clear();
   m.retired_stack = nullptr;
   m.enter = enter;
-  const Mapped stacks(m.stack_stride * count);
-  m.stacks = static_cast<char*>(stacks.memory);
+  // One more, for the first to overflow into before it is seen.
+  const Mapped stacks(m.stack_stride * (std::size_t(count) + 1));
+  m.stacks = static_cast<char*>(stacks.memory) + m.stack_stride;
   m.stride = (m.smem + kGaps * kGap + 15) / 16 * 16;
   const std::size_t bytes = m.stride * m.grid;
   const std::vector<char> shared(bytes + 16, char(0xff));  // NaN, whatever the format
