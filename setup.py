@@ -1,8 +1,9 @@
 """Builds the C++ extension; pyproject.toml holds everything else.
 
-CLAE_FAST_BUILD=auto (the default) builds C++ and goes on as pure Python where that fails, cpu
-fails instead, cuda fails without CUDA kernels too, none builds nothing. What was built, or why
-not, is written to clae_fast/_build.json.
+CLAE_FAST_BUILD=auto (the default) builds C++, and CUDA where there is nvcc, and goes on without
+what fails; cpu builds C++ or fails, cuda both or fails, none nothing. TORCH_CUDA_ARCH_LIST says for
+which GPUs, as it does for PyTorch's own extensions. What was built, or why not, is written to
+clae_fast/_build.json.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -28,10 +31,18 @@ if MODE not in MODES:
 NAME = "clae_fast._C"  # loaded by torch.ops.load_library, so it has no PyInit
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has no abi3
 SOURCES = ["csrc/clae_fast.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cuh"))
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
+CUDA_OPERATORS = ["csrc/cuda/ops.cpp"]
 # For any processor: the kernels choose their instruction set when they run.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", f"-fmacro-prefix-map={os.getcwd()}/="]
-NO_CUDA = "skipped: no CUDA kernels in this version"
+# A100, H100, B200, RTX Blackwell; others between take the nearest image or the PTX.
+ARCHITECTURES = "8.0;9.0;10.0;12.0;8.0+PTX"
+# A spill fails the build: these kernels live from their registers.
+NVCC_FLAGS = [
+    "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "--warn-on-spills",
+    "-Xptxas", "-Werror",
+]  # fmt: skip
 
 
 class Build(build):
@@ -46,19 +57,73 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         self.facts = {"compiler": None, "torch": None}
-        if MODE == "cuda":
-            raise SystemExit(f"CLAE_FAST_BUILD=cuda: {NO_CUDA}")
-        cpp = "skipped: CLAE_FAST_BUILD=none" if MODE == "none" else self.build_cpp()
+        cuda, objects, libraries = f"skipped: CLAE_FAST_BUILD={MODE}", [], []
+        if MODE in ("auto", "cuda"):
+            try:
+                objects, libraries = self.build_cuda()
+                cuda = "ok"
+            except CudaError as error:
+                cuda = str(error)
+        if MODE == "cuda" and cuda != "ok":
+            raise SystemExit(f"CLAE_FAST_BUILD=cuda: CUDA {cuda}")
+        cpp = "skipped: CLAE_FAST_BUILD=none"
+        if MODE != "none":
+            cpp = self.build_cpp(objects, libraries)
         if cpp != "ok":
-            if MODE == "cpu":
-                raise SystemExit(f"CLAE_FAST_BUILD=cpu: C++ {cpp}")
+            if MODE in ("cpu", "cuda"):
+                raise SystemExit(f"CLAE_FAST_BUILD={MODE}: C++ {cpp}")
             self.extensions = []
+            cuda = cuda if cuda != "ok" else "skipped: the C++ part, which loads it, was not built"
             print(f"clae_fast: C++ {cpp}")
-        print(f"clae_fast: CUDA {NO_CUDA}")
-        self.write_facts({"cpp": cpp, "cuda": NO_CUDA})
+        if cuda != "ok":
+            print(f"clae_fast: CUDA {cuda}")
+        self.write_facts({"cpp": cpp, "cuda": cuda})
 
-    def build_cpp(self) -> str:
-        """Build the extension; says "ok", or why there is none."""
+    def build_cuda(self) -> tuple[list[str], list[str]]:
+        """Compile the kernels; the object files, and what to link to.
+
+        Raises:
+            CudaError: why there are none.
+        """
+        root = cuda_root()
+        if root is None:
+            raise CudaError("skipped: no nvcc on PATH, and no CUDA_HOME")
+        runtime = [
+            str(path)
+            for folder in ("lib64", "targets/x86_64-linux/lib", "lib")
+            if (path := root / folder / "libcudart_static.a").exists()
+        ]
+        if not runtime:
+            raise CudaError(f"skipped: {root} has no libcudart_static.a")
+        nvcc = [str(root / "bin" / "nvcc"), *NVCC_FLAGS, *generated_code(root)]
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = max(Path(name).stat().st_mtime for name in [*HEADERS, "setup.py"])
+
+        def compiled(source: str) -> str:
+            target = folder / (Path(source).stem + ".o")
+            stamp = target.with_suffix(".flags")
+            flags = shlex.join(nvcc)
+            fresh = target.exists() and stamp.exists() and stamp.read_text() == flags
+            since = max(newest, Path(source).stat().st_mtime)
+            if not fresh or target.stat().st_mtime < since or self.force:
+                ran = subprocess.run(
+                    [*nvcc, "-c", source, "-o", str(target)], capture_output=True, text=True
+                )
+                if ran.returncode:
+                    words = [w for w in (ran.stdout + ran.stderr).splitlines() if w.strip()]
+                    errors = [w for w in words if "error" in w.lower()] or words or ["nvcc failed"]
+                    raise CudaError(f"failed to build ({source}: {errors[0].strip()})")
+                stamp.write_text(flags)
+            return str(target)
+
+        jobs = os.environ.get("MAX_JOBS", "")
+        with ThreadPoolExecutor(int(jobs) if jobs.isdigit() and int(jobs) else None) as pool:
+            objects = list(pool.map(compiled, CUDA_SOURCES))
+        return objects, [runtime[0], "-ldl", "-lrt", "-lpthread"]
+
+    def build_cpp(self, objects: list[str], libraries: list[str]) -> str:
+        """Build the extension around those objects; says "ok", or why there is none."""
         try:
             import torch
 
@@ -79,8 +144,10 @@ class BuildExt(build_ext):
         self.distribution.ext_modules = [
             cpp_extension.CppExtension(
                 NAME,
-                SOURCES,
+                [*SOURCES, *(CUDA_OPERATORS if objects else [])],
                 depends=HEADERS,
+                extra_objects=objects,
+                extra_link_args=libraries,
                 py_limited_api=ABI3,
                 define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
                 extra_compile_args=FLAGS,
@@ -107,6 +174,46 @@ class BuildExt(build_ext):
         temporary = package / f"_build.json.{os.getpid()}"
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
         os.replace(temporary, package / "_build.json")
+
+
+class CudaError(Exception):
+    """Why there are no CUDA kernels."""
+
+
+def cuda_root() -> Path | None:
+    """The toolkit's folder, from CUDA_HOME or from nvcc itself, which may be a wrapper on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and Path(home, "bin", "nvcc").exists():
+        return Path(home)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry = [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]
+    said = subprocess.run(dry, capture_output=True, text=True).stderr
+    top = next((w for w in said.splitlines() if w.startswith("#$ TOP=")), None)
+    return None if top is None else Path(top.partition("=")[2]).resolve()
+
+
+def generated_code(root: Path) -> list[str]:
+    """nvcc's options for the architectures asked for, of those that it knows."""
+    asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).replace(" ", ";").split(";")
+    listed = subprocess.run(
+        [str(root / "bin" / "nvcc"), "--list-gpu-code"], capture_output=True, text=True
+    )
+    known = set(listed.stdout.split())
+    options = []
+    for name in filter(None, asked):
+        number = name.removesuffix("+PTX").replace(".", "")
+        if not number.rstrip("af").isdigit() or int(number.rstrip("af")) < 80:
+            raise CudaError(f"skipped: TORCH_CUDA_ARCH_LIST names {name!r}, expected 8.0 or more")
+        if f"sm_{number}" in known:
+            code = "compute" if name.endswith("+PTX") and f"sm_{number}" in str(options) else "sm"
+            options += ["-gencode", f"arch=compute_{number},code={code}_{number}"]
+            if name.endswith("+PTX") and code == "sm":
+                options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    if not options:
+        raise CudaError(f"skipped: nvcc of {root} knows none of {';'.join(asked)}")
+    return options
 
 
 def one_line(error: BaseException) -> str:

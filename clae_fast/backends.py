@@ -4,9 +4,10 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from . import _extension, cpp, cpp_pairs, reference, triton_backend
+from . import _extension, cpp, cpp_pairs, cuda, reference, triton_backend
 
 OPERATORS = tuple(reference.__all__)
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -37,8 +38,8 @@ def _load_cpp(op: str) -> Callable[..., Any]:
     return kernel
 
 
-def _load_triton(op: str) -> Callable[..., Any]:
-    kernel = triton_backend.load(op)
+def _load_gpu(backend: ModuleType, op: str) -> Callable[..., Any]:
+    kernel = backend.load(op)
     if isinstance(kernel, str):
         raise Unavailable(kernel)
     return kernel
@@ -52,10 +53,20 @@ TABLE = (
     ),
     Row("sign_step", "cpp", 10, functools.partial(_load_cpp, "sign_step"), cpp.sign_step_refusal),
     *(Row(op, "cpp", 10, functools.partial(_load_cpp, op), cpp_pairs.refusal) for op in _CPP_PAIRS),
-    # Behind the reference until a GPU has run it: it must be asked for by name.
+    # Behind the reference until a GPU has run them: they must be asked for by name.
     *(
-        Row(op, "triton", -1, functools.partial(_load_triton, op), triton_backend.refusal)
+        Row(
+            op,
+            "triton",
+            -1,
+            functools.partial(_load_gpu, triton_backend, op),
+            triton_backend.refusal,
+        )
         for op in triton_backend.OPERATORS
+    ),
+    *(
+        Row(op, "cuda", -1, functools.partial(_load_gpu, cuda, op), getattr(cuda, f"{op}_refusal"))
+        for op in cuda.OPERATORS
     ),
 )
 

@@ -11,7 +11,7 @@ from .numerics import compute_dtype
 _SIGN_STEP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format | None:
+def memory_format(x: Tensor) -> torch.memory_format | None:
     """The dense order of x that the kernel walks, None if there is none."""
     if x.is_contiguous():
         return torch.contiguous_format
@@ -21,7 +21,7 @@ def _memory_format(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _per_channel(tensor: Tensor, x: Tensor) -> bool:
+def per_channel(tensor: Tensor, x: Tensor) -> bool:
     """Broadcasts to x along dimension 1 alone."""
     shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
     return tensor.numel() == 1 or (x.dim() >= 2 and tensor.numel() == shape[1] == x.shape[1])
@@ -42,9 +42,9 @@ def sign_step_refusal(
         return f"it runs on the CPU, x is on {x.device}"
     if x.dtype not in _SIGN_STEP_DTYPES:
         return f"it knows float32, bfloat16 and float64, x is {x.dtype}"
-    if _memory_format(x) is None:
+    if memory_format(x) is None:
         return "x is neither contiguous nor channels_last"
-    if not all(t is None or _per_channel(t, x) for t in tensors):
+    if not all(t is None or per_channel(t, x) for t in tensors):
         return "step, eps and bounds may vary per channel only"
     return None
 
@@ -60,7 +60,7 @@ def sign_step(
     *tensors: Tensor | None,
 ) -> Tensor:
     """`reference.sign_step`, one pass over memory."""
-    order = _memory_format(x)
+    order = memory_format(x)
     assert order is not None
     grad, x0 = (t.to(x.dtype).contiguous(memory_format=order) for t in (grad, x0))
     out = torch.empty_like(x)

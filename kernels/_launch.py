@@ -94,6 +94,10 @@ GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
         128: Config(64, 64, 128, 8, 2),
         MAX_WIDTH: Config(64, 32, 256, 8, 2),
     },
+    (10, "gradient", torch.float16): {
+        64: Config(64, 32, 64, 8, 2),
+        MAX_WIDTH: Config(64, 64, 128, 8, 2),
+    },
 }
 _INTERPRETED = Config(32, 32, 32, 4, 1)  # small sizes still meet several tiles
 

@@ -10,16 +10,12 @@
 // computed in float32 and rounded once. No torch in here.
 #pragma once
 
-#include <limits>
 #include <vector>
 
 #include "dtypes.h"
 #include "isa.h"
 
 namespace clae_fast {
-
-template <typename C>
-constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
 
 template <typename S>
 struct SignStep {

@@ -12,22 +12,9 @@ static inline void narrow(float value, BFloat16* out) {
   out->bits = static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// step * sign is exact, so that contracting it into an FMA changes no bit. Comparisons drop a NaN
-// on one side; `nan` brings back each one that max and min of PyTorch would keep.
-template <typename C>
-static inline C move(C x, C grad, C x0, C step, C eps, C low, C high) {
-  const C zero = 0, one = 1;
-  const C sign = (grad > zero ? one : zero) - (grad < zero ? one : zero);
-  C v = x + step * (grad != grad ? grad : sign);
-  const C ball_low = x0 - eps, ball_high = x0 + eps;
-  const bool nan =
-      (v != v) | (ball_low != ball_low) | (ball_high != ball_high) | (low != low) | (high != high);
-  v = v > ball_low ? v : ball_low;
-  v = v < ball_high ? v : ball_high;
-  v = v > low ? v : low;
-  v = v < high ? v : high;
-  return nan ? kNaN<C> : v;
-}
+#define CLAE_FAST_EVERYWHERE
+#include "../linf_move.h"
+#undef CLAE_FAST_EVERYWHERE
 
 template <typename S, typename C>
 static void uniform(const S* x, const S* grad, const S* x0, S* __restrict out, std::int64_t n,

@@ -179,7 +179,7 @@ normalise(CLAE_PARAMS(VectorParams) p) {
   kept[thread_index()] = i < p.n ? p.x[i] : 0.0f;
   const float sum = block_sum<kThreads, kBug>(kept[thread_index()], scratch);
   if (thread_index() == 0) p.partial[block_index()] = sum;
-  if (kBug != kNoSyncGrid) sync_grid(p.workspace);
+  if (kBug != kNoSyncGrid) sync_grid();
   float total = 0;
   for (int b = 0; b < block_count(); ++b) total += load_l2(p.partial + b);
   if (i < p.n) p.y[i] = kept[thread_index()] / total;
@@ -242,7 +242,7 @@ busy(CLAE_PARAMS(VectorParams) p) {
     if (i % 4 == 0) ldmatrix_x4(a, tile + 16 * thread_index());
     mma<Bf16>(c, a, one, one);
     if (i % 16 == 15) sync_block();
-    if (i == p.n / 2) sync_grid(p.workspace);
+    if (i == p.n / 2) sync_grid();
   }
   p.y[block_index() * kThreads + thread_index()] = c[0] + c[1] + c[2] + c[3];
 }

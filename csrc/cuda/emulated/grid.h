@@ -1,4 +1,4 @@
-// The grid's barrier and its tickets, with the arithmetic that the device does on their words.
+// The grid's barrier, and tickets with the arithmetic that the device does on their counter.
 #pragma once
 #include "runtime.h"
 
@@ -6,7 +6,7 @@ namespace clae_fast {
 namespace gpu {
 namespace emulated {
 
-inline void sync_grid(unsigned* word) {
+inline void sync_grid() {
   Quiet quiet;
   Machine& m = machine;
   Thread& t = self();
@@ -16,13 +16,9 @@ inline void sync_grid(unsigned* word) {
   hold(t, kSyncGrid);
   if (++b.arrived_grid == m.block) {
     b.arrived_grid = 0;
-    if (m.blocks_arrived == 0 && *word % 0x10000u)
-      fail("sync_grid: its word was not zero before its first use" + place(t));
-    *word += b.index == 0 ? 0x10000u - unsigned(m.grid - 1) : 1u;
     ++m.blocks_arrived;
   }
   if (m.blocks_arrived == m.grid) {
-    if (*word % 0x10000u) fail("sync_grid: its word was written by others" + place(t));
     m.blocks_arrived = 0;
     ++m.order.phase;
     for (Block& block : m.blocks) let_go(block);
