@@ -96,7 +96,8 @@ GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
     },
     (10, "gradient", torch.float16): {
         64: Config(64, 32, 64, 8, 2),
-        MAX_WIDTH: Config(64, 64, 128, 8, 2),
+        128: Config(64, 64, 128, 8, 2),
+        MAX_WIDTH: Config(64, 32, 128, 8, 2),
     },
 }
 _INTERPRETED = Config(32, 32, 32, 4, 1)  # small sizes still meet several tiles

@@ -54,7 +54,7 @@ class Emulator:
             return torch.full(shape, math.nan)  # what is not written shows
 
         loss = new(B, 2) if form == "two_way" else new(rows)
-        total = new(()) if reduction != "none" else None
+        total = new() if reduction != "none" else None
         lse, lse_col = new(rows), new(B if form == "two_way" else 0)
         dq, dk, dscale = (
             new(*shape) if wanted else None
