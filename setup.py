@@ -57,8 +57,9 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         self.facts = {"compiler": None, "torch": None}
-        cuda, objects, libraries = f"skipped: CLAE_FAST_BUILD={MODE}", [], []
-        if MODE in ("auto", "cuda"):
+        cpp = self.why_no_cpp()
+        cuda, objects, libraries = cpp or f"skipped: CLAE_FAST_BUILD={MODE}", [], []
+        if cpp is None and MODE in ("auto", "cuda"):
             try:
                 objects, libraries = self.build_cuda()
                 cuda = "ok"
@@ -66,18 +67,39 @@ class BuildExt(build_ext):
                 cuda = str(error)
         if MODE == "cuda" and cuda != "ok":
             raise SystemExit(f"CLAE_FAST_BUILD=cuda: CUDA {cuda}")
-        cpp = "skipped: CLAE_FAST_BUILD=none"
-        if MODE != "none":
-            cpp = self.build_cpp(objects, libraries)
+        cpp = cpp or self.build_cpp(objects, libraries)
         if cpp != "ok":
             if MODE in ("cpu", "cuda"):
                 raise SystemExit(f"CLAE_FAST_BUILD={MODE}: C++ {cpp}")
             self.extensions = []
-            cuda = cuda if cuda != "ok" else "skipped: the C++ part, which loads it, was not built"
+            cuda = "skipped: the C++ part, which holds it, was not built" if cuda == "ok" else cuda
             print(f"clae_fast: C++ {cpp}")
         if cuda != "ok":
             print(f"clae_fast: CUDA {cuda}")
         self.write_facts({"cpp": cpp, "cuda": cuda})
+
+    def why_no_cpp(self) -> str | None:
+        """Why nothing can be compiled here, None if it can."""
+        if MODE == "none":
+            return "skipped: CLAE_FAST_BUILD=none"
+        try:
+            import torch
+
+            # It guesses a CUDA_HOME on import and complains about it; nothing here uses that.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+            from torch.utils import cpp_extension
+        except Exception as error:  # a broken torch raises anything
+            return f"skipped: torch cannot be imported ({one_line(error)})"
+        self.facts["torch"] = str(torch.__version__)
+        if torch.__version__ < (2, 10):
+            return f"skipped: torch {torch.__version__} is older than 2.10"
+        compiler = shlex.split(cpp_extension.get_cxx_compiler())
+        try:
+            version = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+        except OSError as error:
+            return f"skipped: no C++ compiler ({one_line(error)})"
+        self.facts["compiler"] = version.stdout.partition("\n")[0]
+        return None
 
     def build_cuda(self) -> tuple[list[str], list[str]]:
         """Compile the kernels; the object files, and what to link to.
@@ -124,23 +146,8 @@ class BuildExt(build_ext):
 
     def build_cpp(self, objects: list[str], libraries: list[str]) -> str:
         """Build the extension around those objects; says "ok", or why there is none."""
-        try:
-            import torch
+        from torch.utils import cpp_extension
 
-            # It guesses a CUDA_HOME on import and complains about it; nothing here uses that.
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-            from torch.utils import cpp_extension
-        except Exception as error:  # a broken torch raises anything
-            return f"skipped: torch cannot be imported ({one_line(error)})"
-        self.facts["torch"] = str(torch.__version__)
-        if torch.__version__ < (2, 10):
-            return f"skipped: torch {torch.__version__} is older than 2.10"
-        compiler = shlex.split(cpp_extension.get_cxx_compiler())
-        try:
-            version = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
-        except OSError as error:
-            return f"skipped: no C++ compiler ({one_line(error)})"
-        self.facts["compiler"] = version.stdout.partition("\n")[0]
         self.distribution.ext_modules = [
             cpp_extension.CppExtension(
                 NAME,

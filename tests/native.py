@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX", "c++")
+SETTINGS = ("CLAE_FAST_BUILD", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST")
 SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
@@ -48,9 +49,25 @@ def copy_tree(copy):
     return copy
 
 
+def path_without_nvcc(folder):
+    """PATH, where each folder that holds nvcc is replaced by links to all else in it."""
+    folders = []
+    for number, entry in enumerate(os.environ["PATH"].split(os.pathsep)):
+        if not os.path.exists(os.path.join(entry, "nvcc")):
+            folders.append(entry)
+            continue
+        links = folder / str(number)
+        links.mkdir()
+        for tool in Path(entry).iterdir():
+            if tool.name != "nvcc":
+                (links / tool.name).symlink_to(tool)
+        folders.append(str(links))
+    return os.pathsep.join(folders)
+
+
 def setup(tree, *command, path=None, **env):
     """`setup.py build_ext --inplace`, or another command, in the tree."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("CLAE_FAST_BUILD", "PYTHONPATH")}
+    kept = {k: v for k, v in os.environ.items() if k not in SETTINGS}
     path = path or os.environ["PATH"]
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     return subprocess.run(

@@ -224,8 +224,8 @@ PLANTED = {
         "if (s + 2 < slices) {\n      ;",
     ),
     "no barrier between weights and product": (
-        "contrast_kernel.h", "g[1]);\n      }\n    }\n  }\n  sync_block();",
-        "g[1]);\n      }\n    }\n  }",
+        "contrast_kernel.h", "kRows + col + 1));\n      }\n    }\n  }\n  sync_block();",
+        "kRows + col + 1));\n      }\n    }\n  }",
     ),
     "no barrier in an exchange": (
         "contrast_kernel.h", "rows[m][half];\n      }\n    }\n  }\n  sync_block();",
@@ -241,8 +241,9 @@ PLANTED = {
         "contrast_params.h", "carve<char>(cursor, L::weight_bytes)",
         "carve<char>(cursor, L::weight_bytes - 16)",
     ),
-    "a column's norm forgotten": ("contrast_kernel.h", "g[i] *= tile.inverse[k] * twice", "g[i] *= "
-                                  "twice"),
+    "a column's norm forgotten": (
+        "contrast_kernel.h", "return g * tile.inverse[col];", "return g;",
+    ),
     "a ticket too early": ("contrast_kernel.h", "take_ticket(p.tickets + rows, p.chunks)",
                            "take_ticket(p.tickets + rows, p.chunks - 1)"),
 }  # fmt: skip

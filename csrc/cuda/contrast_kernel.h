@@ -28,7 +28,7 @@ struct Place3 {
 
 // S of the tile, and the norms of its entries in shared memory. The last two slices stay.
 template <typename Format, int BN>
-CLAE_DEVICE void make_scores(const Params& p, const Place3& at, const Tile& tile,
+CLAE_DEVICE void make_scores(const Params& p, const Place3& at, const Tile<BN>& tile,
                              Scores<BN>& scores) {
   const int first_row = at.row_block * kRows, first_col = at.chunk * BN;
   const int slices = slices_of<Format>(p.D);
@@ -42,15 +42,16 @@ CLAE_DEVICE void make_scores(const Params& p, const Place3& at, const Tile& tile
   }
   for (int s = 0; s < 2; ++s) {
     if (s < slices) {
-      fetch_slice<Format, BN>(p, at.side, first_row, first_col, s, 0, tile.slices[s]);
+      fetch_slice<Format, BN>(p, at.side, first_row, first_col, s, 0, tile.slice(s));
     } else {
       commit_copies();
     }
   }
   positives<Format>(p);
   float squares[kEntries<BN>] = {};
+  CLAE_ROLLED
   for (int s = 0; s < slices; ++s) {
-    char* slice = tile.slices[s % 2];
+    char* slice = tile.slice(s);
     wait_copies<1>();
     sync_block();
     add_squares<Format, BN>(slice, squares);
@@ -70,7 +71,7 @@ CLAE_DEVICE void make_scores(const Params& p, const Place3& at, const Tile& tile
 // The exponents in base 2 that take the place of S; -inf what is outside and what is left out.
 template <int BN>
 CLAE_DEVICE void make_exponents(const Params& p, const Place3& at, const Exponents& e,
-                                const Tile& tile, Scores<BN>& scores) {
+                                const Tile<BN>& tile, Scores<BN>& scores) {
   using S = Scores<BN>;
   CLAE_UNROLL
   for (int m = 0; m < S::kM; ++m) {
@@ -119,8 +120,8 @@ CLAE_DEVICE void exchange(const float (&rows)[Scores<BN>::kM][2], float* parts) 
 // The sums of exponentials of the tile's rows, to where all blocks find them. With the known
 // maximum the exponentials take the place of the exponents.
 template <int BN>
-CLAE_DEVICE void sum_rows(const Params& p, const Place3& at, const Exponents& e, const Tile& tile,
-                          Scores<BN>& scores) {
+CLAE_DEVICE void sum_rows(const Params& p, const Place3& at, const Exponents& e,
+                          const Tile<BN>& tile, Scores<BN>& scores) {
   using S = Scores<BN>;
   float rows[S::kM][2];
   float zero[S::kM][2];
@@ -189,7 +190,7 @@ CLAE_DEVICE void sum_rows(const Params& p, const Place3& at, const Exponents& e,
 // The weights of the tile's rows and columns, to shared memory; 0 where they do not count.
 template <int BN>
 CLAE_DEVICE void load_weights(const Params& p, const Place3& at, const Exponents& e,
-                              const Tile& tile) {
+                              const Tile<BN>& tile) {
   for (int entry = thread_index(); entry < kRows + BN; entry += kThreads) {
     const bool is_row = entry < kRows;
     const int i = is_row ? at.row_block * kRows + entry : at.chunk * BN + entry - kRows;
@@ -203,9 +204,20 @@ CLAE_DEVICE void load_weights(const Params& p, const Place3& at, const Exponents
   sync_block();
 }
 
-// G, with the norms of the columns, to shared memory.
+// An element of G with the norm of its column: x is e^(s - zero) where the maximum is known, else
+// the exponent.
+template <int BN>
+CLAE_DEVICE float weight_at(const Tile<BN>& tile, bool known, float x, int row, int col) {
+  const float by_row = tile.weight[row], by_col = tile.weight[col];
+  const float g =
+      known ? x * (by_row + by_col)
+            : by_row * exp2_approx(x - tile.level[row]) + by_col * exp2_approx(x - tile.level[col]);
+  return g * tile.inverse[col];
+}
+
+// G to shared memory.
 template <typename Format, int BN>
-CLAE_DEVICE void make_weights(const Params& p, const Exponents& e, const Tile& tile,
+CLAE_DEVICE void make_weights(const Params& p, const Exponents& e, const Tile<BN>& tile,
                               const Scores<BN>& scores) {
   using S = Scores<BN>;
   const float twice = p.fold ? 2.0f : 1.0f;
@@ -213,25 +225,14 @@ CLAE_DEVICE void make_weights(const Params& p, const Exponents& e, const Tile& t
   for (int m = 0; m < S::kM; ++m) {
     CLAE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int r = S::row(m, 2 * half);
-      const float row_weight = tile.weight[r], row_level = tile.level[r];
+      const int row = S::row(m, 2 * half);
       CLAE_UNROLL
       for (int n = 0; n < S::kN; ++n) {
-        float g[2];
-        CLAE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int k = kRows + S::col(n, i);
-          const float x = scores.s[m][n][2 * half + i];
-          const float weight = tile.weight[k];
-          if (e.known) {
-            g[i] = x * (row_weight + weight);
-          } else {
-            g[i] =
-                row_weight * exp2_approx(x - row_level) + weight * exp2_approx(x - tile.level[k]);
-          }
-          g[i] *= tile.inverse[k] * twice;
-        }
-        store_weights<Format, BN>(tile.weights, r, S::col(n, 0), g[0], g[1]);
+        const int col = S::col(n, 0);
+        const float first = scores.s[m][n][2 * half], second = scores.s[m][n][2 * half + 1];
+        store_weights<Format, BN>(tile.weights, row, col,
+                                  twice * weight_at(tile, e.known, first, row, kRows + col),
+                                  twice * weight_at(tile, e.known, second, row, kRows + col + 1));
       }
     }
   }
@@ -241,14 +242,15 @@ CLAE_DEVICE void make_weights(const Params& p, const Exponents& e, const Tile& t
 // G Y of the tile, to the block's part of the gradients. From the last slice backwards: two are
 // still there.
 template <typename Format, int BN>
-CLAE_DEVICE void weigh_rows(const Params& p, const Place3& at, const Tile& tile) {
+CLAE_DEVICE void weigh_rows(const Params& p, const Place3& at, const Tile<BN>& tile) {
   using P = Products<Format>;
   constexpr int width = kSliceBytes / int(sizeof(typename Stored<Format>::type));
   const int slices = slices_of<Format>(p.D);
   float* out = p.partial + (std::int64_t(at.side) * p.chunks + at.chunk) * p.N * p.D;
+  CLAE_ROLLED
   for (int step = 0; step < slices; ++step) {
     const int s = slices - 1 - step;
-    char* slice = tile.slices[s % 2];
+    char* slice = tile.slice(s);
     if (step > 0) {
       wait_copies<1>();
       sync_block();
@@ -312,7 +314,7 @@ CLAE_DEVICE float block_sum(const float* numbers, int n, float* parts) {
 template <typename Format, int BN>
 CLAE_KERNEL(kThreads, 1)
 contrast_kernel(CLAE_PARAMS(Params) p) {
-  const Tile tile = carve_tile<Format, BN>();
+  const Tile<BN> tile = carve_tile<Format, BN>();
   const Exponents e = exponents_of(p);
   Place3 at;
   at.chunk = block_index() % p.chunks;

@@ -113,30 +113,34 @@ inline constexpr int kWeightBytes = 4;
 template <>
 inline constexpr int kWeightBytes<Bf16> = 2;
 
+template <int BN>
+inline constexpr int slice_bytes = (kRows + BN) * kSliceBytes;
+
 template <typename Format, int BN>
 struct Layout {
-  static constexpr int slice_bytes = (kRows + BN) * kSliceBytes;
   static constexpr int weight_bytes = kRows * BN * kWeightBytes<Format>;
-  static constexpr int bytes = 2 * slice_bytes + weight_bytes +
+  static constexpr int bytes = 2 * slice_bytes<BN> + weight_bytes +
                                3 * carved_bytes<float>(kRows + BN) + carved_bytes<float>(4 * kRows);
 };
 
+template <int BN>
 struct Tile {
-  char* slices[2];
+  char* slices;    // two, by turns: an array of pointers would lie in local memory
   char* weights;   // G, (64, BN), chunks of 16 bytes swizzled
   float* inverse;  // 1 / |row| of the 64 rows, then of the BN columns
   float* weight;
   float* level;  // log-sum-exps in base 2, where the maximum was not known
   float* parts;  // (4, 64): of the warps side by side
+
+  CLAE_DEVICE char* slice(int s) const { return slices + (s & 1) * slice_bytes<BN>; }
 };
 
 template <typename Format, int BN>
-CLAE_DEVICE Tile carve_tile() {
+CLAE_DEVICE Tile<BN> carve_tile() {
   using L = Layout<Format, BN>;
   SharedCursor cursor = dynamic_smem();
-  Tile tile;
-  tile.slices[0] = carve<char>(cursor, L::slice_bytes);
-  tile.slices[1] = carve<char>(cursor, L::slice_bytes);
+  Tile<BN> tile;
+  tile.slices = carve<char>(cursor, 2 * slice_bytes<BN>);
   tile.weights = carve<char>(cursor, L::weight_bytes);
   tile.inverse = carve<float>(cursor, kRows + BN);
   tile.weight = carve<float>(cursor, kRows + BN);

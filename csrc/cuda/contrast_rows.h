@@ -193,7 +193,7 @@ CLAE_DEVICE void finish_row(const Params& p, const Exponents& e, int side, int r
     for (int copy = 0; copy < copies; ++copy) {
       const int to = p.form == kTwoWay ? 2 * row + side : row + copy * p.B;
       p.loss[to] = own.loss + alarm;
-      p.lse[side][row + copy * p.B] = own.lse;
+      (side == 0 ? p.lse[0] : p.lse[1])[row + copy * p.B] = own.lse;
     }
   }
   if (!p.gradient) return;

@@ -97,7 +97,7 @@ CLAE_DEVICE Norm norm_of(float squares, bool normalize) {
 
 template <int BN>
 CLAE_DEVICE void store_norms(const Params& p, const float (&squares)[kEntries<BN>],
-                             const Tile& tile) {
+                             const Tile<BN>& tile) {
   CLAE_UNROLL
   for (int e = 0; e < kEntries<BN>; ++e) {
     const int entry = thread_index() + e * kThreads;

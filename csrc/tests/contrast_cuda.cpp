@@ -32,6 +32,19 @@ struct How {
   std::uint64_t seed;
 };
 
+// Bytes of shared memory that a block takes; 0 where there is no such kernel.
+extern "C" int tile_bytes(int format, int BN) {
+  const auto of = [&](auto tag) {
+    using Format = decltype(tag);
+    return BN == 64    ? Layout<Format, 64>::bytes
+           : BN == 128 ? Layout<Format, 128>::bytes
+           : BN == 256 ? Layout<Format, 256>::bytes
+                       : 0;
+  };
+  if (BN == 512) return format == 1 ? Layout<Bf16, 512>::bytes : 0;
+  return format == 0 ? of(F32()) : format == 1 ? of(Bf16()) : of(F16());
+}
+
 extern "C" std::int64_t workspace_floats(const Call* call, int BN) {
   return workspace_of(*call, BN).floats;
 }

@@ -1,0 +1,92 @@
+"""The build of the CUDA kernels, and their machine code."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+from native import ROOT, copy_tree, path_without_nvcc, setup
+from nvcc import cuda_root, cuobjdump
+
+from clae_fast._extension import build_facts
+
+needs_nvcc = pytest.mark.skipif(cuda_root() is None, reason="there is no nvcc")
+SPILLS = """
+__global__ void __launch_bounds__(1024, 2) spills(float* x, int n) {
+  float kept[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) kept[i] = x[threadIdx.x + 1024 * i];
+  for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) kept[i] = kept[i] * kept[(i + 1) % 64] + x[j];
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[threadIdx.x + 1024 * i] = kept[i];
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("text", "archs", "reason"),
+    [
+        ("#error broken\n", "9.0", r"failed to build \(csrc/cuda/launch_\w+\.cu: .*broken"),
+        (SPILLS, "9.0", r"failed to build \(csrc/cuda/launch_\w+\.cu: .*[Ss]pill"),
+        ("", "7.5", r"skipped: TORCH_CUDA_ARCH_LIST names '7.5', expected 8.0 or more"),
+        ("", "99.0", r"skipped: nvcc of \S+ knows none of 99.0"),
+    ],
+    ids=["error", "spill", "old", "unknown"],
+)
+def test_cuda_that_does_not_compile(tree, text, archs, reason):
+    """A spill is an error as a wrong word is."""
+    for path in (tree / "csrc" / "cuda").glob("*.cu"):
+        path.write_text(text)
+    built = setup(tree, TORCH_CUDA_ARCH_LIST=archs, CLAE_FAST_BUILD="cuda")
+    assert built.returncode != 0
+    assert re.search(f"CLAE_FAST_BUILD=cuda: CUDA {reason}", built.stderr)
+
+
+@needs_nvcc
+def test_auto_goes_on_without_cuda_that_does_not_compile(tree):
+    for path in (tree / "csrc" / "cuda").glob("*.cu"):
+        path.write_text("#error broken\n")
+    built = setup(tree)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert facts(tree)["parts"]["cpp"] == "ok"
+    assert facts(tree)["parts"]["cuda"].startswith("failed to build (csrc/cuda/launch_")
+
+
+@needs_nvcc
+@pytest.mark.skipif(os.environ.get("CLAE_FAST_BUILD") == "none", reason="CLAE_FAST_BUILD=none")
+def test_cuda_is_built_where_there_is_nvcc():
+    """Tensor cores in the machine code of this very extension, and no spill."""
+    assert build_facts()["parts"]["cuda"] == "ok"
+    library = ROOT / "clae_fast" / "_C.abi3.so"
+    code, usage = (
+        subprocess.run([cuobjdump(), what, library], capture_output=True, text=True).stdout
+        for what in ("-sass", "-res-usage")
+    )
+    kernels = re.findall(r"Function (\w*contrast_kernel\w*):\s+REG:(\d+) STACK:(\d+)", usage)
+    assert len(kernels) >= 10
+    for _, registers, stack in kernels:
+        assert int(registers) <= 255
+        assert int(stack) == 0
+    for instruction in ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "HMMA.1688.F32.TF32", "LDSM"):
+        assert instruction in code
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return copy_tree(tmp_path / "tree")
+
+
+def facts(tree):
+    return json.loads((tree / "clae_fast" / "_build.json").read_text())
+
+
+def test_cuda_fails_with_the_reason(tree, tmp_path):
+    built = setup(tree, CLAE_FAST_BUILD="cuda", path=path_without_nvcc(tmp_path))
+    assert built.returncode != 0
+    assert "CLAE_FAST_BUILD=cuda: CUDA skipped: no nvcc on PATH, and no CUDA_HOME" in built.stderr
+    assert not (tree / "clae_fast" / "_build.json").exists()
