@@ -32,7 +32,7 @@ from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from clae_fast.kernels import _launch
+from clae_fast.kernels import _launch, _tile
 from clae_fast.kernels.contrast import contrast
 from clae_fast.kernels.pair_grad import pair_grad
 from clae_fast.kernels.pair_lse import pair_lse
@@ -112,6 +112,14 @@ def _calls(width: int, dtype: torch.dtype, rows: int) -> Iterator[Callable[[], A
     both = {"need_dq": True, "need_dk": True}
     yield functools.partial(pair_sigmoid, q, k, 10.0, -10.0, **both)
     yield functools.partial(pair_uel, z, z, 10.0, 1.0, need_dq=True)
+    some = torch.empty(rows, device="cuda", dtype=torch.int32)
+    ids = {"row_ids": some, "col_ids": some}
+    yield functools.partial(pair_lse, z, z, 10.0, **ids)
+    yield functools.partial(pair_mean, z, z, 10.0, **ids)
+    yield functools.partial(pair_grad, z, z, 10.0, row_lse=number, row_weight=number,
+                            col_lse=number, col_weight=number, **ids)  # fmt: skip
+    yield functools.partial(pair_sigmoid, z, z, 10.0, -10.0, row_weight=number, **both, **ids)
+    yield functools.partial(pair_uel, z, z, 10.0, 2.0, row_weight=number, need_dq=True, **ids)
 
 
 def launches(width: int, dtype: torch.dtype, rows: int = 8192) -> list[Launch]:
@@ -279,7 +287,10 @@ def rows(target: str, quick: bool) -> Iterator[dict[str, Any]]:
     seen = set()
     for dtype, widths in {torch.bfloat16: (128, 512)}.items() if quick else WIDTHS.items():
         for width in widths:
-            for launch in launches(width, dtype):
+            found = launches(width, dtype)
+            if not quick and width == 128:  # numbers that 16 does not divide are other kernels
+                found += launches(width - 5, dtype, 8190)
+            for launch in found:
                 kind = (launch.name, launch.named().get("MAXIMUM"))
                 if not quick or kind not in seen:
                     seen.add(kind)
@@ -322,6 +333,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.sources:
         print(json.dumps(sources()))
         return 0
+    if _tile.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: expected a Triton that compiles")
+    if args.results is not None and not args.results.absolute().parent.is_dir():
+        parser.error(f"--results {args.results}: expected a file in a folder that exists")
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         tables = list(pool.map(table_of, args.targets, itertools.repeat(args.quick)))
     table = list(itertools.chain.from_iterable(tables))

@@ -12,12 +12,30 @@ import torch
 from gate import Errors, Truth, gradients, inputs
 from providers import available
 from replay import REPLAY
-from shapes import BY_NAME, MEMORY_PROVIDERS, MEMORY_SHAPES, SHAPES, Shape, shapes_for
-from timing import PRODUCTS, bare_products, gemm_ceiling, interleaved, peak_extra_memory, ratios
+from shapes import (
+    BY_NAME,
+    GRAPH,
+    MEMORY_PROVIDERS,
+    MEMORY_SHAPES,
+    SHAPES,
+    Shape,
+    replays,
+    shapes_for,
+)
+from timing import (
+    PRODUCTS,
+    bare_products,
+    gemm_ceiling,
+    interleaved,
+    peak_extra_memory,
+    ratios,
+    replayed,
+)
 
 import clae_fast
 
 MODES = ("forward", "forward+backward", "value_and_grad")
+GRAPH_PROVIDERS = ("eager", "compiled")  # beside ours; a peer that cannot be captured breaks others
 PRODUCTS_ON = ("cuda",)  # where a goal asks for them
 
 
@@ -39,9 +57,17 @@ def pytest_generate_tests(metafunc):
                 for name in available(shape, session.device):
                     if mode == "value_and_grad" and not is_ours(name):
                         continue
-                    marks = [pytest.mark.quick] if shape.quick else []
-                    case = (shape, mode, name)
-                    cases.append(pytest.param(case, id=f"{shape.name}-{mode}-{name}", marks=marks))
+                    cases.append((shape, mode, name))
+            if replays(shape, session.device):
+                names = available(shape, session.device)
+                cases += [(shape, GRAPH, name) for name in names if graphed(name)]
+        cases = [
+            pytest.param(
+                case, id="-".join((case[0].name, *case[1:])),
+                marks=[pytest.mark.quick] if case[0].quick else [],
+            )
+            for case in cases
+        ]  # fmt: skip
         metafunc.parametrize("case", cases)
     if "memory_case" in metafunc.fixturenames:  # of a process's pages: the CPU's question
         pairs = [(s, p) for s in MEMORY_SHAPES for p in MEMORY_PROVIDERS if session.device == "cpu"]
@@ -53,7 +79,11 @@ def is_ours(name: str) -> bool:
     return name.startswith("clae_fast")
 
 
-def ways(losses, held):
+def graphed(name: str) -> bool:
+    return is_ours(name) or name in GRAPH_PROVIDERS
+
+
+def ways(losses, held, graphs=False):
     """{(mode, provider): call}; a call returns the loss, and the gradients if it has any."""
 
     def forward(loss):
@@ -67,6 +97,9 @@ def ways(losses, held):
         if is_ours(name):
             fused = clae_fast.value_and_grad(loss, argnums=(0, 1))
             calls["value_and_grad", name] = lambda fused=fused: fused(*held["xs"])
+        if graphs and graphed(name):
+            whole = "value_and_grad" if is_ours(name) else "forward+backward"
+            calls[GRAPH, name] = replayed(calls[whole, name])
     return calls
 
 
@@ -95,16 +128,21 @@ def measure(bench, shape: Shape) -> Measured:
         held = {}
         # PyTorch compiles one function 8 times at most, then runs it as it is: begin anew.
         torch.compiler.reset()
-        calls = ways(available(shape, bench.device), held)
+        calls = ways(available(shape, bench.device), held, replays(shape, bench.device))
         wrong, errors = gate(shape, calls, held, bench.device)
 
         def prepare(seed):
-            held["xs"] = inputs(shape, seed, bench.device)
+            fresh = inputs(shape, seed, bench.device)
+            if bench.device == "cpu":
+                held["xs"] = fresh
+            else:  # where graphs read them
+                for x, new in zip(held["xs"], fresh, strict=True):
+                    x.copy_(new)
 
         right = {key: call for key, call in calls.items() if key not in wrong}
         if bench.device in PRODUCTS_ON:
             right["forward+backward", PRODUCTS] = lambda: bare_products(shape, held["xs"])
-        seconds, rounds = (0.5, 3) if bench.quick else (5.0, None)
+        seconds, rounds = (0.5, 3) if bench.quick else (bench.seconds, None)
         times = interleaved(right, prepare, device=bench.device, seconds=seconds, rounds=rounds)
         ceiling = gemm_ceiling(bench.device, bench.gemm_n, shape.dtype)
         bench.measured[shape] = Measured(wrong, errors, times, ceiling)

@@ -17,6 +17,7 @@ from clae_fast.pretraining.provenance import provenance
 def pytest_addoption(parser):
     group = parser.getgroup("clae_fast bench")
     group.addoption("--quick", action="store_true", help="a few small shapes, for correctness")
+    group.addoption("--seconds", type=float, default=5.0, help="about how long each shape is timed")
     group.addoption("--device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--threads", type=int, default=None, help="of PyTorch (default: its own)")
     group.addoption(
@@ -33,6 +34,9 @@ class Session:
     def __init__(self, config):
         self.device = device_of(config.getoption("--device"))
         self.quick = config.getoption("--quick")
+        self.seconds = config.getoption("--seconds")
+        if not 0 < self.seconds < float("inf"):
+            raise pytest.UsageError(f"--seconds {self.seconds:g}: expected a number above 0")
         threads = config.getoption("--threads")
         if threads is not None:
             if not 1 <= threads <= MOST_THREADS:
@@ -42,7 +46,7 @@ class Session:
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
         if self.device == "cuda":  # what others compute in float32 may use the tensor cores too
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            torch.set_float32_matmul_precision("high")
         self.records, self.notes, self.measured = [], [], {}
         self.gemm_n = 512 if self.quick else 2048
         self.facts = provenance(self.device) | {"threads": str(self.threads)} | versions()
@@ -110,8 +114,18 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(note)
 
 
+def pytest_runtest_teardown(item):
+    if item.config.bench.device == "cuda":  # a run there may be cut short
+        save(item.config)
+
+
 def pytest_sessionfinish(session, exitstatus):
-    config, path = session.config, session.config.getoption("--results")
+    save(session.config)
+
+
+def save(config):
+    """All figures so far."""
+    path = config.getoption("--results")
     if path is None or not config.bench.records:
         return
     found = {

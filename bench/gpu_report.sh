@@ -1,21 +1,34 @@
 #!/usr/bin/env bash
 # One command on a machine with a GPU: builds, checks every operator against float64, looks for wrong
-# memory accesses, measures, and writes bench/results/<gpu>.json and what it says. The limits of its
-# steps add up to 8 minutes. Not run on a GPU yet.
+# memory accesses and races, measures, and writes FOLDER/GPU.json (every figure) and FOLDER/GPU.txt
+# (what each step said, and the tables). The limits of its steps add up to 8 minutes. Not run on a
+# GPU yet.
 #
-#     bash bench/gpu_report.sh [folder for the results; default bench/results]
+#     bash bench/gpu_report.sh [FOLDER; default bench/results]
 #
 # Needs the package's [bench] extra, or --no-build-isolation's requirements and pytest-benchmark.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+case ${1:-} in
+  -*)
+    sed -n '2,9s/^# \{0,1\}//p' "bench/$(basename "$0")"
+    exit 2
+    ;;
+esac
 out=${1:-bench/results}
+name=$("$python" - <<'EOF'
+import re, sys
+try:
+    import torch
+    if not torch.cuda.is_available():
+        sys.exit("gpu_report.sh: error: expected a GPU, and PyTorch sees none")
+    print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
+except ImportError as error:
+    sys.exit(f"gpu_report.sh: error: expected a Python with PyTorch ({error})")
+EOF
+) || exit 2
 mkdir -p "$out" || exit 1
-name=$("$python" -c 'import re, torch
-print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))') || {
-  echo "gpu_report.sh: error: expected a GPU, and PyTorch sees none" >&2
-  exit 2
-}
 log="$out/$name.txt"
 status=0
 
@@ -25,7 +38,7 @@ step() {
   shift 2
   echo "== $title" | tee -a "$log"
   local begin=$SECONDS
-  timeout "$limit" "$@" >>"$log" 2>&1
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$log" 2>&1
   local code=$?
   echo "-- $title: exit status $code after $((SECONDS - begin)) s" | tee -a "$log"
   [ $code -eq 0 ] || status=1
@@ -37,17 +50,24 @@ step() {
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total --format=csv
 } >"$log" 2>&1
 
-export CLAE_FAST_BUILD=${CLAE_FAST_BUILD:-cpu}
-step "build" 90 "$python" -m pip install -q --no-build-isolation --no-deps -e .
-step "operators against float64" 150 "$python" -m pytest -q tests/test_gpu.py
+# For this GPU alone: a minute less.
+TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch
+print("%d.%d" % torch.cuda.get_device_capability())')
+export TORCH_CUDA_ARCH_LIST
+step "build" 80 "$python" -m pip install -q --no-build-isolation --no-deps -e .
+step "operators against float64" 110 "$python" -m pytest -q tests/test_gpu.py
 if command -v compute-sanitizer >/dev/null; then
-  step "compute-sanitizer" 60 compute-sanitizer --error-exitcode 9 "$python" bench/gpu_small.py
+  for tool in memcheck racecheck synccheck; do
+    step "compute-sanitizer, $tool" 25 \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_small.py "$tool"
+  done
 else
   echo "-- compute-sanitizer: not installed" | tee -a "$log"
   status=1
 fi
-step "bench" 170 "$python" -m pytest bench --benchmark-only --device cuda -q --results "$out/$name.json"
-echo "== the tables" | tee -a "$log"
-"$python" bench/report.py --print "$out/$name.json" 2>&1 | tee -a "$log"
+# Results are written after every test, those with a goal first: what a limit cuts off is little.
+step "bench" 205 "$python" -m pytest bench --benchmark-only --device cuda --seconds 1.5 -q \
+  --results "$out/$name.json"
+step "the tables" 10 "$python" bench/report.py --print "$out/$name.json"
 tail -n 60 "$log"
 exit $status

@@ -1,18 +1,26 @@
-"""Every Triton operator once on small, awkward shapes, for compute-sanitizer: no comparison, no
-pytest. `python bench/gpu_small.py` on a machine with a GPU."""
+"""Every Triton and CUDA operator once on small, awkward shapes, for compute-sanitizer: no
+comparison, no pytest. `python bench/gpu_small.py [racecheck]` on a machine with a GPU."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
+from clae_fast import available_backends
+from clae_fast.kernels import _launch
 from clae_fast.ops import raw
 
+SHAPES = ((1, 3, 5), (70, 133, 40), (300, 260, 128), (40, 50, 300))
 
-def run(device: str = "cuda") -> int:
+
+def run(device: str = "cuda", shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> int:
     """How many operators were called."""
     calls = 0
+    _launch.MANY = 0  # sweeps that share rows and columns are for many rows: here for all
+    one_launch = available_backends()["contrast"]["cuda"] == "ok"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for N, M, D in ((1, 3, 5), (70, 133, 40), (300, 260, 128), (40, 50, 300)):
+        for N, M, D in shapes:
             q, k = (torch.randn(n, D, device=device).to(dtype) for n in (N, M))
             both = {"need_dq": True, "need_dk": True}
             options = {"backend": "triton"}
@@ -33,13 +41,25 @@ def run(device: str = "cuda") -> int:
             raw.pair_uel(z, z, 0.5, 1.5, need_dq=True, **options)
             t = torch.ones((), device=device)
             for form in ("nt_xent", "one_way", "two_way"):
-                raw.contrast(q, q + 1, None, 5.0, t, form=form, need_dscale=True, **both, **options)
+                for scale in (5.0, 200.0):  # the maximum is known, or not
+                    given = {"form": form, "need_dscale": True, **both}
+                    raw.contrast(q, q + 1, None, scale, t, **given, **options)
+                    if one_launch and D <= 256:
+                        raw.contrast(q, q + 1, None, scale, t, **given, backend="cuda")
+                        raw.contrast(q, q, None, scale, t, **given, backend="cuda")
             raw.contrast(q, q + 1, k, 5.0, form="one_way", need_dnegatives=True, **both, **options)
-            calls += 9
+            if one_launch:
+                x = torch.randn(3, D, 5, 7, device=device).to(dtype)
+                per_channel = torch.rand(D, 1, 1, device=device)
+                raw.sign_step(x, x, x, 0.1, 0.0, 0.0, 1.0, None, per_channel, backend="cuda")
+            calls += 12
     if device == "cuda":
         torch.cuda.synchronize()
     return calls
 
 
 if __name__ == "__main__":
-    print(f"{run()} operators were called")
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_small.py: error: expected a GPU, and PyTorch sees none")
+    some = SHAPES[1:2] if "racecheck" in sys.argv else SHAPES  # it takes 100 times as long
+    print(f"{run(shapes=some)} operators were called")

@@ -41,33 +41,37 @@ class Provider(NamedTuple):
 # ------------------------------------------------------------------------------- written out
 
 
-def dense(shape: Shape) -> Loss:
-    """The formula in plain PyTorch, as one would write it today; half precision in float32."""
+def dense(shape: Shape, widen: bool = True) -> Loss:
+    """The formula in plain PyTorch, as one would write it today; half precision in float32, but for
+    the products if they are not to be widened."""
     t, half = 1 / shape.temperature, shape.dtype in (torch.float16, torch.bfloat16)
+
+    def wide(s: Tensor) -> Tensor:
+        return s.float() if half else s
 
     def nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
         z = F.normalize(torch.cat((z_i, z_j)), dim=1)
-        s = (z @ z.T) * t
+        s = wide(z @ z.T) * t
         s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
         return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
     def info_nce(q: Tensor, k: Tensor) -> Tensor:
-        s = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T * t
+        s = wide(F.normalize(q, dim=1) @ F.normalize(k, dim=1).T) * t
         return F.cross_entropy(s, torch.arange(len(q), device=q.device))
 
     def queue(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
         q, k, n = (F.normalize(x, dim=1) for x in (q, k, negatives))
-        s = torch.cat(((q * k).sum(1, keepdim=True), q @ n.T), 1) * t
+        s = wide(torch.cat(((q * k).sum(1, keepdim=True), q @ n.T), 1)) * t
         return F.cross_entropy(s, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
     def clip(x: Tensor, y: Tensor) -> Tensor:
-        s = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T * t
+        s = wide(F.normalize(x, dim=1) @ F.normalize(y, dim=1).T) * t
         target = torch.arange(len(x), device=x.device)
         return (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
 
     def uel(z_i: Tensor, z_j: Tensor) -> Tensor:
         z = F.normalize(torch.cat((z_i, z_j)), dim=1)
-        s = (z @ z.detach().T) * t
+        s = wide(z @ z.detach().T) * t
         s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
         log_p, rows = F.log_softmax(s, dim=1), torch.arange(len(z), device=z.device)
         twins = rows.roll(len(z) // 2)
@@ -76,7 +80,7 @@ def dense(shape: Shape) -> Loss:
 
     losses: dict[str, Loss] = {"nt_xent": nt_xent, "info_nce": info_nce, "uel": uel, "clip": clip}
     loss = queue if shape.queue else losses[shape.loss]
-    return (lambda *xs: loss(*(x.float() for x in xs))) if half else loss
+    return (lambda *xs: loss(*(x.float() for x in xs))) if half and widen else loss
 
 
 def _eager(shape: Shape, device: str) -> Loss:
@@ -85,6 +89,15 @@ def _eager(shape: Shape, device: str) -> Loss:
 
 def _compiled(shape: Shape, device: str) -> Loss:
     compiled: Loss = torch.compile(dense(shape), dynamic=False)
+    return compiled
+
+
+def _sixteen_bits(shape: Shape, device: str) -> Loss | None:
+    """Compiled, with products of 16 bits that are rounded to 16 bits; the gate says what that is
+    worth."""
+    if device == "cpu" or shape.dtype == torch.float32:
+        return None
+    compiled: Loss = torch.compile(dense(shape, widen=False), dynamic=False)
     return compiled
 
 
@@ -246,6 +259,7 @@ PROVIDERS = (
     ),
     Provider("eager", _eager),
     Provider("compiled", _compiled),
+    Provider("compiled-16-bit", _sixteen_bits),
     Provider("linear_cross_entropy", _linear_cross_entropy),
     Provider("lightly", _lightly, "lightly"),
     Provider("pytorch-metric-learning", _metric_learning, "pytorch-metric-learning"),

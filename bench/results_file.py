@@ -8,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shapes import MEMORY_PROVIDERS, MEMORY_SHAPES, SIGN_STEPS, STEP_METHODS, shapes_for
+from shapes import (
+    GRAPH,
+    MEMORY_PROVIDERS,
+    MEMORY_SHAPES,
+    SIGN_STEPS,
+    STEP_METHODS,
+    replays,
+    shapes_for,
+)
 
 from clae_fast.pretraining.config import VARIANTS
 
@@ -141,6 +149,8 @@ def whole(mine: str, device: str) -> list[Key]:
         for mode in ("forward", "forward+backward"):
             found += [("loss", shape.name, mode, name) for name in (mine, "eager", "compiled")]
         found.append(("loss", shape.name, "value_and_grad", mine))
+        if replays(shape, device):
+            found += [("loss", shape.name, GRAPH, name) for name in (mine, "eager", "compiled")]
     found += [("step", method, variant) for method in STEP_METHODS for variant in VARIANTS]
     if device == "cuda":
         found += [("sign_step", *case) for case in SIGN_STEPS]

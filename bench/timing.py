@@ -9,14 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from shapes import Shape
 
+T = TypeVar("T")
 Call = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # more than any L2
 PRODUCTS = "bare products"  # no loss: what its products alone take
-GRAPH_BELOW = 100e-6  # seconds: shorter calls are replayed from a CUDA graph
 
 
 def interleaved(
@@ -64,36 +65,39 @@ def _cpu_seconds(call: Call) -> float:
 
 
 def _cuda_seconds(call: Call) -> float:
-    """By events, with L2 flushed before; wall clock without synchronisation is a wrong number."""
+    """By events, right behind what clears L2: while the GPU does that, the host can run ahead."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
-    torch.cuda.synchronize()
     start.record()
     call()
     end.record()
     torch.cuda.synchronize()
-    seconds = start.elapsed_time(end) * 1e-3
-    return _graph_seconds(call) if seconds < GRAPH_BELOW else seconds
+    return start.elapsed_time(end) * 1e-3
 
 
-def _graph_seconds(call: Call, replays: int = 20) -> float:
-    """Of one call among replays of a CUDA graph; the plain call where it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return _cpu_seconds(lambda: (call(), torch.cuda.synchronize()))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(replays):
+def replayed(call: Callable[[], T]) -> Callable[[], T]:
+    """The call as a CUDA graph, captured when it is first called: its inputs must stay where they
+    are, its results are filled anew each time."""
+    held: list[tuple[torch.cuda.CUDAGraph, T]] = []
+
+    def run() -> T:
+        if not held:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # compiles, and chooses algorithms
+                    call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call()
+            held.append((graph, result))
+        graph, result = held[0]
         graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e-3 / replays
+        return result
+
+    return run
 
 
 def ratios(ours: list[float], others: list[float]) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation as check
-from .backends import requested
+from .backends import requested, serving
 from .grad import leaf
 from .numerics import compute_dtype
 from .ops import call
@@ -186,7 +186,7 @@ def sign_step(x: Tensor, grad: Tensor, x0: Tensor, step: Size, eps: Size, bounds
     (step_, _), (eps_, _), (low, _), (high, _) = sizes
     return call(
         "sign_step", x, grad, x0, step_ or 0.0, eps_ or 0.0, low, high,
-        *(tensor for _, tensor in sizes), backend=requested(None),
+        *(tensor for _, tensor in sizes), backend=serving("sign_step", requested(None)),
     )  # fmt: skip
 
 

@@ -113,6 +113,13 @@ def choose(
     )
 
 
+def serving(op: str, backend: str) -> str:
+    """The backend for an operator that a loss does not need: the one asked for, or, where that has
+    no kernel for it in any version of ours, "auto"."""
+    known = backend == "auto" or any(r.op == op and r.backend == backend for r in TABLE)
+    return backend if known else "auto"
+
+
 _active = os.environ.get("CLAE_FAST_BACKEND") or "auto"
 
 

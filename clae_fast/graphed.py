@@ -1,10 +1,12 @@
 """The attack of `clae_step` recorded as a CUDA graph: one launch instead of hundreds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .backends import requested
 
 DEVICE = "cuda"  # of the tensors that a graph can be recorded from
 WARM_UP = 3  # attacks before the recording: libraries and compilers make their choices in them
@@ -18,14 +20,17 @@ class GraphedAttack:
 
     An attack is a forward and a backward of the encoder, hundreds of small kernels; where the batch
     is small, launching them takes longer than running them. The first three attacks run as
-    `attack="exact"` does, the next one is recorded, and all further ones of its shape, dtype,
-    layout, autocast and training mode are replayed with the encoder's weights of that time. Others
-    (a shorter last batch) run as "exact". One object serves one encoder and one loss.
+    `attack="exact"` does, the next one is recorded, and all further ones like it are replayed, with
+    the encoder's weights of that time: of the same shape, dtype, layout, autocast, backend, and
+    numbers, words and flags in all modules of encoder and loss (training mode, momentum, dropout,
+    temperature). Others (a shorter last batch) run as "exact". One object serves one encoder and
+    one loss.
 
     Weights that are replaced, not updated in place, are seen, and recorded anew after three attacks
-    more. Memory: the activations of one attack stay allocated. Not recorded, but run as "exact":
-    encoders with SyncBatchNorm in several processes. An encoder compiled with
-    `mode="reduce-overhead"` has graphs of its own already.
+    more. What else changes what the encoder computes (hooks, a switch of PyTorch's, modules put in
+    place of others) is not seen: call `reset`. Memory: the activations of one attack stay
+    allocated. Not recorded, but run as "exact": encoders with SyncBatchNorm in several processes.
+    An encoder compiled with `mode="reduce-overhead"` has graphs of its own already.
 
     Not run on a GPU yet: tested with a recorder of PyTorch's operators in place of CUDA's.
 
@@ -37,9 +42,10 @@ class GraphedAttack:
 
     def __init__(self) -> None:
         self._of: tuple[nn.Module, Loss] | None = None
-        self._forget()
+        self.reset()
 
-    def _forget(self) -> None:
+    def reset(self) -> None:
+        """Forget what was recorded; the encoder and the loss stay."""
         self._attacks: dict[Any, int] = {}
         self._recorded: tuple[Any, Any] | None = None  # its key, and where the tensors lie
         self._replay: Callable[[], None] | None = None
@@ -62,11 +68,11 @@ class GraphedAttack:
             what = "encoder" if self._of[0] is not encoder else "loss"
             raise ValueError(f"attack=GraphedAttack() has served another {what}: make a new one")
         key = (
-            x.shape, x.stride(), x.dtype, x.device, encoder.training,
+            x.shape, x.stride(), x.dtype, x.device, requested(None), _settings(encoder, loss),
             torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type),
         )  # fmt: skip
-        if self._recorded is not None and self._recorded[1] != _places(encoder):
-            self._forget()
+        if self._recorded is not None and self._recorded[1] != _places(encoder, loss):
+            self.reset()
         if self._recorded is None:
             attacks = self._attacks.get(key, 0)
             self._attacks[key] = attacks + 1
@@ -77,7 +83,8 @@ class GraphedAttack:
         if self._recorded[0] != key:
             return compute(encoder, x, loss)
         assert self._replay is not None
-        self._x.copy_(x)
+        with torch.no_grad():
+            self._x.copy_(x)
         self._replay()
         return self._grad
 
@@ -87,28 +94,57 @@ class GraphedAttack:
         # The images' own memory is the caller's: the graph reads a copy.
         self._x = torch.empty_like(x)
         try:
-            self._replay, self._grad = record(lambda: compute(encoder, self._x, loss))
+            self._replay, self._grad = record(lambda: compute(encoder, self._x, loss), x.device)
         except RuntimeError as error:
-            self._forget()
+            self.reset()
+            cause = error.__context__ or error  # the end of a failed recording fails too
             raise RuntimeError(
                 "attack=GraphedAttack(): what the encoder or the loss does cannot be recorded in a "
-                f'CUDA graph ({str(error).splitlines()[0]}): use attack="exact"'
+                f'CUDA graph ({str(cause).splitlines()[0]}): start anew with attack="exact"'
             ) from error
-        self._recorded = (key, _places(encoder))
+        self._recorded = (key, _places(encoder, loss))
 
 
-def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record(
+    function: Callable[[], Tensor], device: torch.device
+) -> tuple[Callable[[], None], Tensor]:
     """What runs the GPU's work of `function` again, and its result, which each run fills anew.
     Recording runs nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream(device)
+        # A stream of that GPU: PyTorch's own is of whichever was current at its first use.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = function()
+        finally:
+            torch.cuda.set_stream(before)  # the end of a failed recording leaves its own
     return graph.replay, result
 
 
-def _places(encoder: nn.Module) -> tuple[int, ...]:
+def _tensors(*owners: object) -> Iterator[Tensor]:
+    for owner in owners:
+        if isinstance(owner, nn.Module):
+            yield from owner.parameters()
+            yield from owner.buffers()
+
+
+def _places(encoder: nn.Module, loss: Loss) -> tuple[int, ...]:
     """Where weights and buffers lie: a graph reads them there."""
-    return tuple(t.data_ptr() for t in (*encoder.parameters(), *encoder.buffers()))
+    return tuple(t.data_ptr() for t in _tensors(encoder, loss))
+
+
+def _settings(*owners: object) -> tuple[Any, ...]:
+    """The numbers, words and flags of all modules: they are part of what was recorded."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value)
+        for owner in owners
+        if isinstance(owner, nn.Module)
+        for module in owner.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name != "branch"  # which the attack itself switches
+    )
 
 
 def _synchronises(encoder: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """The CLAE training step, without the waste of the published one."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,12 @@ from .graphed import GraphedAttack
 from .losses import NTXentLoss
 
 ATTACKS = ("exact", "shared")
-_DEFAULT_LOSS = NTXentLoss(0.5)
+
+
+@functools.cache
+def _default_loss() -> NTXentLoss:
+    """One for all calls, as a GraphedAttack asks for."""
+    return NTXentLoss(0.5)
 
 
 class CLAEOutput(NamedTuple):
@@ -99,7 +105,7 @@ def clae_step(
     if not isinstance(attack, GraphedAttack):
         check.word("attack", attack, ATTACKS)
     if loss is None:
-        loss = _DEFAULT_LOSS
+        loss = _default_loss()
     check.function("loss", loss)
     if getattr(loss, "reduction", None) == "none":
         raise ValueError('loss must return a scalar, got one with reduction="none"')

@@ -26,6 +26,9 @@ def load(op: str) -> Callable[..., Any] | str:
         module = importlib.import_module(f".kernels.{op}", __package__)
     except ImportError as error:
         return f"triton cannot be imported: {error}"
+    # Triton's own functions are made for the one or the other when it is imported.
+    if interpreted() and type(module.triton.language.sum).__name__ != "InterpretedFunction":
+        return "TRITON_INTERPRET=1 was set after triton had been imported, which is too late"
     kernel: Callable[..., Any] = getattr(module, op)
     return kernel
 

@@ -19,6 +19,10 @@ MANY = (
 )
 
 
+MOST = 1 << 18  # rows: beyond, roots of float32 miss by more than a step
+PASS = 256  # elements of the width that the widest pass over it takes
+
+
 class Config(NamedTuple):
     """BM rows, BN columns and BD of the width in one tile, and how a GPU runs it."""
 
@@ -48,6 +52,11 @@ _SUMS: Table = {
     128: Config(128, 128, 128, 8, 2),
     MAX_WIDTH: Config(128, 128, 64, 8, 3),
 }
+_GRADIENT: Table = {
+    64: Config(128, 128, 64, 8, 2),
+    128: Config(128, 64, 128, 8, 2),
+    MAX_WIDTH: Config(64, 64, 256, 8, 2),
+}
 _FLOAT_SUMS: Table = {MAX_WIDTH: Config(64, 64, 32, 4, 3)}
 CONFIGS: dict[tuple[str, torch.dtype], Table] = {
     **{("sums", dtype): _SUMS for dtype in HALF},
@@ -59,11 +68,8 @@ CONFIGS: dict[tuple[str, torch.dtype], Table] = {
     ("sums", torch.float32): _FLOAT_SUMS,
     ("two-sided", torch.float32): _FLOAT_SUMS,
     ("uel", torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
-    ("gradient", torch.bfloat16): {
-        64: Config(128, 128, 64, 8, 2),
-        128: Config(128, 64, 128, 8, 2),
-        MAX_WIDTH: Config(64, 64, 256, 8, 2),
-    },
+    ("gradient", torch.bfloat16): _GRADIENT,
+    ("elementwise", torch.bfloat16): _GRADIENT | {64: Config(128, 64, 64, 8, 2)},
     ("gradient", torch.float16): {MAX_WIDTH: Config(64, 64, 128, 8, 2)},
     ("gradient", torch.float32): {
         64: Config(64, 32, 64, 8, 2),
@@ -72,27 +78,37 @@ CONFIGS: dict[tuple[str, torch.dtype], Table] = {
 }
 GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
     **{(8, "two-sided", dtype): _SUMS | {MAX_WIDTH: Config(128, 128, 64, 16, 2)} for dtype in HALF},
+    **{(8, "sums", dtype): _SUMS | {MAX_WIDTH: Config(128, 128, 64, 16, 2)} for dtype in HALF},
+    **{(8, "uel", dtype): {MAX_WIDTH: Config(64, 64, 128, 8, 2)} for dtype in HALF},
     (8, "gradient", torch.bfloat16): {
         64: Config(128, 128, 64, 8, 2),
         MAX_WIDTH: Config(64, 64, 256, 8, 2),
     },
-    (8, "gradient", torch.float16): {
-        64: Config(64, 64, 64, 4, 2),
+    (8, "elementwise", torch.bfloat16): {
+        64: Config(128, 64, 64, 8, 2),
         MAX_WIDTH: Config(64, 64, 128, 8, 2),
+    },
+    (8, "gradient", torch.float16): {MAX_WIDTH: Config(64, 32, 128, 8, 2)},
+    **{
+        (8, kind, torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)}
+        for kind in ("sums", "two-sided")
     },
     (8, "gradient", torch.float32): {MAX_WIDTH: Config(32, 32, 64, 8, 2)},
     **{
         (10, "two-sided", dtype): {
-            128: Config(64, 64, 128, 4, 2),
-            MAX_WIDTH: Config(64, 64, 64, 4, 3),
+            128: Config(64, 64, 128, 8, 2),
+            MAX_WIDTH: Config(64, 64, 64, 8, 3),
         }
         for dtype in HALF
     },
     (10, "two-sided", torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
     **{(10, "uel", dtype): {MAX_WIDTH: Config(64, 64, 128, 8, 2)} for dtype in HALF},
-    (10, "gradient", torch.bfloat16): {
-        128: Config(64, 64, 128, 8, 2),
-        MAX_WIDTH: Config(64, 32, 256, 8, 2),
+    **{
+        (10, kind, torch.bfloat16): {
+            128: Config(64, 64, 128, 8, 2),
+            MAX_WIDTH: Config(64, 32, 256, 8, 2),
+        }
+        for kind in ("gradient", "elementwise")
     },
     (10, "gradient", torch.float16): {
         64: Config(64, 32, 64, 8, 2),
@@ -119,7 +135,11 @@ def capability(device: torch.device) -> int:
 
 def config(kind: str, width: int, dtype: torch.dtype, capability: int) -> Config:
     """The tile for one kind of sweep, no wider than it must be."""
-    table = GENERATIONS.get((capability // 10, kind, dtype), CONFIGS[kind, dtype])
+    generation = capability // 10
+    for known in (kind, "gradient"):  # elementwise losses have their own where they must
+        table = GENERATIONS.get((generation, known, dtype)) or CONFIGS.get((known, dtype))
+        if table is not None:
+            break
     chosen = _INTERPRETED if INTERPRETED else table[min(w for w in table if w >= width)]
     return chosen._replace(BD=min(chosen.BD, max(16, triton.next_power_of_2(width))))
 
@@ -146,9 +166,34 @@ def ways(
     return ((known if serves else online, False),)
 
 
+def padded(width: int) -> int:
+    """The width that rows of `width` are given zeros up to: a multiple of every tile's BD, so that
+    no kernel masks along it (registers for masks are what makes a sweep spill)."""
+    if width <= PASS:
+        return max(16, triton.next_power_of_2(width))
+    return triton.cdiv(width, PASS) * PASS
+
+
+def dense(x: Tensor, width: int) -> Tensor:
+    """Rows whose elements lie side by side, with zeros up to that width."""
+    if x.shape[1] == width:
+        return x if x.stride(1) == 1 else x.contiguous()
+    out = x.new_zeros((len(x), width))
+    out[:, : x.shape[1]] = x
+    return out
+
+
+def vector(x: Tensor | None) -> Tensor | None:
+    """One number a row or column, as the kernels read them: side by side."""
+    return None if x is None else x.contiguous()
+
+
 class Pairs:
-    """The arguments that the sweeps share, as their kernels take them. `unit`: the rows of q and k
-    are of length 1, or 0, and no others."""
+    """The arguments that the sweeps share, as their kernels take them.
+
+    `unit`: what the kernels make of q and k are rows of length 1, or 0, and no others. `inverse`:
+    by how much they multiply the rows of q and of k for that; None: they are so already.
+    """
 
     def __init__(
         self,
@@ -163,20 +208,23 @@ class Pairs:
         col_ids: Tensor | None = None,
         *,
         unit: bool = False,
+        inverse: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         if skip not in SKIPS:
             raise ValueError(f"skip must be 'none', 'diagonal' or 'twins', got {skip!r}")
-        self.q, self.k = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k))
-        self.N, self.D = q.shape
-        self.M = len(k)
+        self.N, self.width = q.shape
+        self.M, self.D = len(k), padded(self.width)
+        self.q, self.k = (dense(x, self.D) for x in (q, k))
         self.scale = (float(scale), scale_tensor)
         self.ways = ways(*self.scale, self.N, max(self.N, self.M), unit)
-        # Whether rows and columns may share a sweep of the sums (two_sided.py).
-        fused = FUSED_WIDTH[q.dtype]
-        self.wide = fused < self.D
-        self.large = self.N >= MANY and self.ways[0][0] == KNOWN.value and not self.wide
+        self.wide = FUSED_WIDTH[q.dtype] < self.D
+        # Whether rows and columns may share a sweep of the sums (two_sided.py), which counts strips
+        # of rows by a root in float32.
+        known = self.ways[0][0] == KNOWN.value
+        self.large = MANY <= self.N <= MOST and self.M <= MOST and known
         both = row_ids is not None and col_ids is not None
-        self.ids = (row_ids, col_ids) if both else (None, None)
+        self.ids = (vector(row_ids), vector(col_ids)) if both else (None, None)
+        self.inverse = inverse
         self.offset = offset
         self.extents = (self.N, self.M, offset, self.q.stride(0), self.k.stride(0))
         self.rules = {"SKIP": SKIPS[skip], "RECIPROCAL": reciprocal}
@@ -186,7 +234,7 @@ class Pairs:
         """The same with rows and columns exchanged."""
         other = copy.copy(self)
         other.q, other.k, other.N, other.M = self.k, self.q, self.M, self.N
-        other.ids = self.ids[::-1]
+        other.ids, other.inverse = self.ids[::-1], self.inverse[::-1]
         other.offset = 0
         other.extents = (self.M, self.N, 0, self.k.stride(0), self.q.stride(0))
         return other
@@ -200,15 +248,16 @@ class Pairs:
     def split(self, config: Config, passes: int = 1) -> tuple[int, int]:
         """Parts of the columns, so that few rows fill the card too, and the columns of one."""
         tiles, wanted = triton.cdiv(self.M, config.BN), 2 * multiprocessors(self.q.device)
-        parts = wanted // (triton.cdiv(self.N, config.BM) * passes)
+        parts = wanted // max(1, triton.cdiv(self.N, config.BM) * passes)
         parts = max(1, min(parts, tiles // 2, 64))
         columns = triton.cdiv(tiles, parts) * config.BN
         return triton.cdiv(self.M, columns) if columns else 1, columns
 
 
-def add_parts(x: Tensor) -> Tensor:
-    """The sum of (parts, ...), in their order."""
-    return x[0] if len(x) == 1 else x.sum(0)
+def add_parts(x: Tensor, width: int | None = None) -> Tensor:
+    """The sum of (parts, ...), in their order; of padded rows the first `width` elements."""
+    total = x[0] if len(x) == 1 else x.sum(0)
+    return total if width is None else total[:, :width].contiguous()
 
 
 def multiprocessors(device: torch.device) -> int:

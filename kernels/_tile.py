@@ -105,6 +105,30 @@ def start(scale, scale_ptr, n, RECIPROCAL: tl.constexpr, MAXIMUM: tl.constexpr):
 
 
 @triton.jit
+def inverses(ptr, at, n):
+    """What rows `at` are multiplied by, 0 outside; 1 where `ptr` is None, which nothing reads."""
+    if ptr is not None:
+        return tl.load(ptr + at, mask=at < n, other=0.0)
+    return tl.full(at.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def exponents(s, t, ptr, row_inverse, col_inverse):
+    """s t in units of log 2; with `ptr` of rows that are to have length 1."""
+    if ptr is not None:
+        return s * (row_inverse * (t * LOG2E))[:, None] * col_inverse[None, :]
+    return s * (t * LOG2E)
+
+
+@triton.jit
+def weighted_units(g, k, ptr, col_inverse, acc, PRECISION: tl.constexpr):
+    """acc + g k; with `ptr` of rows k that are to have length 1."""
+    if ptr is not None:
+        g = g * col_inverse[None, :]
+    return weighted_rows(g, k, acc, PRECISION)
+
+
+@triton.jit
 def leave_out(
     x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP: tl.constexpr,
 ):  # fmt: skip

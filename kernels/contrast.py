@@ -12,7 +12,8 @@ in GEMMs g of all pairs and sweeps of exponentials e (rows.py and the sweeps say
 With rows that are not normalised, or a scale past the known maximum, sums of nt_xent and gradients
 that serve rows and columns take one exponential more.
 
-Saved between the launches: unit rows in the type of the input, and a few numbers a row.
+Saved between the launches: the rows in the type of the input, of 16 bits as they are (the lengths
+go into the exponents and weights, and products stay exact), and a few numbers a row.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import triton
 from torch import Tensor
 
 from . import rows
-from ._launch import Pairs, launch
+from ._launch import Pairs, launch, padded
 from .pair_grad import Weights, row_gradient
 from .pair_lse import row_sums
 from .pair_mean import row_means
@@ -75,6 +76,16 @@ def contrast(
     return loss, job.lse, job.lse_col, *grads
 
 
+class _Units(NamedTuple):
+    """Rows as the sweeps take them, and by how much they multiply them, if at all."""
+
+    rows: Tensor
+    inverse: Tensor | None
+
+    def __getitem__(self, part: Any) -> "_Units":
+        return _Units(self.rows[part], None if self.inverse is None else self.inverse[part])
+
+
 class _Contrast:
     """One call: its operands, and what one launch leaves to the next."""
 
@@ -94,21 +105,24 @@ class _Contrast:
         self.scale = (float(scaling[0]), scaling[1])
         self.B, self.D = q.shape
         self.block = _Block.of(self.D)
-        z = q.new_empty((2 * self.B, self.D))
-        self.z, self.z_q, self.z_k = z, z[: self.B], z[self.B :]
-        self.cosine = self.new(self.B)
-        alarm = self.new(self.B)
+        B = self.B
+        self.z = self._units(2 * B)
+        self.z_q, self.z_k = self.z[:B], self.z[B:]
+        self.cosine = self.new(B)
+        alarm = self.new(B)
         self._rows(
-            rows.pairs, self.B, self.q, self.k, self.z_q, self.z_k, self.cosine, alarm, self.B,
-            self.q.stride(0), self.k.stride(0),
+            rows.pairs, B, self.q, self.k, self.z_q.rows, self.z_k.rows, self.z_q.inverse,
+            self.z_k.inverse, self.cosine, alarm, B, self.q.stride(0), self.k.stride(0),
+            self.z.rows.stride(0),
         )  # fmt: skip
         alarms = [alarm]
         self.z_n = self.z_k
         if self.negatives is not None:
             M = len(self.negatives)
-            self.z_n, alarm = q.new_empty((M, self.D)), self.new(M)
+            self.z_n, alarm = self._units(M), self.new(M)
             self._rows(
-                rows.unit, M, self.negatives, self.z_n, alarm, M, self.negatives.stride(0)
+                rows.unit, M, self.negatives, self.z_n.rows, self.z_n.inverse, alarm, M,
+                self.negatives.stride(0), self.z_n.rows.stride(0),
             )  # fmt: skip
             alarms.append(alarm)
         # A row with a NaN or Inf is NaN throughout once it is normalised.
@@ -116,6 +130,13 @@ class _Contrast:
 
     def new(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape, dtype=torch.float32)
+
+    def _units(self, count: int) -> _Units:
+        """Place for so many rows, padded as the sweeps want them."""
+        width = padded(self.D)
+        new = self.q.new_empty if width == self.D else self.q.new_zeros
+        keeps = self.normalize and self.q.dtype != torch.float32
+        return _Units(new((count, width)), self.new(count) if keeps else None)
 
     def _rows(self, kernel: Any, count: int, *args: Any, **flags: Any) -> None:
         grid = (triton.cdiv(count, self.block.BM),)
@@ -143,8 +164,11 @@ class _Contrast:
                 self.lse_col = self.new(pairs.M)
                 row_sums(pairs.turned(), self.lse_col, pairs.ways)
 
-    def _pairs(self, q: Tensor, k: Tensor, skip: str, offset: int = 0) -> Pairs:
-        return Pairs(q, k, *self.scaling, skip, offset, unit=self.normalize)
+    def _pairs(self, q: _Units, k: _Units, skip: str, offset: int = 0) -> Pairs:
+        inverse = (q.inverse, k.inverse)
+        return Pairs(
+            q.rows, k.rows, *self.scaling, skip, offset, unit=self.normalize, inverse=inverse
+        )
 
     def losses(self) -> Tensor:
         """The loss of each row; the weights 1 - p of the positives stay here."""
@@ -170,8 +194,8 @@ class _Contrast:
 
     def _sweep(
         self,
-        q: Tensor,
-        k: Tensor,
+        q: _Units,
+        k: _Units,
         skip: str,
         by_row: Weights | None,
         by_col: Weights | None,
@@ -209,7 +233,7 @@ class _Contrast:
             self._rows(
                 rows.back, B, self.q, self.k, self.cosine, u_q, u_k,
                 None if self.o is None else r, r, r_other, dq, dk, dscale, factor,
-                *self.scale, B, self.q.stride(0), self.k.stride(0),
+                *self.scale, B, self.q.stride(0), self.k.stride(0), self.z.rows.shape[1],
                 STACKED=self.form == "nt_xent", RECIPROCAL=self.scaling[2],
             )  # fmt: skip
         return (
@@ -226,6 +250,6 @@ class _Contrast:
         dx = self.new(M, self.D)
         self._rows(
             rows.back_negatives, M, self.negatives, u, dx, factor, *self.scale, M,
-            self.negatives.stride(0), RECIPROCAL=self.scaling[2],
+            self.negatives.stride(0), u.stride(0), RECIPROCAL=self.scaling[2],
         )  # fmt: skip
         return dx

@@ -22,13 +22,15 @@ from ._tile import (
     KNOWN,
     LOG2E,
     ONLINE,
+    exponents,
     finite_or_zero,
+    inverses,
     leave_out,
     load_rows,
     similarities,
     start,
     store_rows,
-    weighted_rows,
+    weighted_units,
 )
 
 
@@ -36,6 +38,7 @@ from ._tile import (
 def _grad(
     q_ptr, k_ptr, dq_ptr, row_lse_ptr, row_weight_ptr, col_lse_ptr, col_weight_ptr,
     scale, scale_ptr, row_ids_ptr, col_ids_ptr,
+    row_inverse_ptr, col_inverse_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr,
     MAXIMUM: tl.constexpr, ASKED: tl.constexpr,
@@ -55,6 +58,7 @@ def _grad(
             row_zero = finite_or_zero(row_lse) * LOG2E
     dq = tl.zeros((BM, BD), tl.float32)
     q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    row_inverse = inverses(row_inverse_ptr, rows, N)
     begin = part * columns_of_part
     for j in range(begin, min(begin + columns_of_part, M), BN):
         cols = j + tl.arange(0, BN)
@@ -62,7 +66,9 @@ def _grad(
         s = similarities(
             q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
         )  # fmt: skip
-        x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        col_inverse = inverses(col_inverse_ptr, cols, M)
+        x = exponents(s, t, row_inverse_ptr, row_inverse, col_inverse)
+        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
         e, g = tl.exp2(x - zero), tl.zeros((BM, BN), tl.float32)  # of known maxima
         if row_weight_ptr is not None:
             if MAXIMUM != KNOWN:
@@ -74,7 +80,7 @@ def _grad(
                 col_lse = tl.load(col_lse_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
                 e = tl.exp2(x - finite_or_zero(col_lse)[None, :] * LOG2E)
             g += col_weight[None, :] * e
-        dq = weighted_rows(g, k, dq, PRECISION)
+        dq = weighted_units(g, k, row_inverse_ptr, col_inverse, dq, PRECISION)
     if SCALED:
         dq = dq * t
     first = part.to(tl.int64) * N
@@ -91,7 +97,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, lse: Tensor | None, weight: Tensor | None) -> "Weights | None":
-        return None if lse is None or weight is None else cls(lse, weight)
+        return None if lse is None or weight is None else cls(lse.contiguous(), weight.contiguous())
 
     def given(self, known: bool) -> tuple[Tensor | None, Tensor | None]:
         """What the kernel takes."""
@@ -120,11 +126,11 @@ def row_gradient(
         weights = ((None, None) if x is None else x.given(known) for x in (by_row, by_col))
         launch(
             _grad, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, dq,
-            *itertools.chain.from_iterable(weights), *pairs.scale, *pairs.ids, *pairs.extents,
-            columns, D, config.BM, config.BN, config.BD, scaled, maximum, asked, **pairs.flags,
-            **config.run(),
+            *itertools.chain.from_iterable(weights), *pairs.scale, *pairs.ids, *pairs.inverse,
+            *pairs.extents, columns, D, config.BM, config.BN, config.BD, scaled, maximum, asked,
+            **pairs.flags, **config.run(),
         )  # fmt: skip
-    return add_parts(dq)
+    return add_parts(dq, pairs.width)
 
 
 def pair_grad(

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import wide
 from ._launch import Pairs, launch
 from ._tile import (
-    LOG2E,
     accumulate,
     add_part,
+    exponents,
     first_top,
+    inverses,
     leave_out,
     load_rows,
     log_of,
@@ -30,6 +30,7 @@ from ._tile import (
 @triton.jit
 def _lse(
     q_ptr, k_ptr, lse_ptr, top_ptr, total_ptr, scale, scale_ptr, row_ids_ptr, col_ids_ptr,
+    row_inverse_ptr, col_inverse_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     MAXIMUM: tl.constexpr, ASKED: tl.constexpr,
@@ -45,6 +46,7 @@ def _lse(
     total = tl.zeros((BM,), tl.float32)
     at = tl.arange(0, BD)
     q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    row_inverse = inverses(row_inverse_ptr, rows, N)
     begin = part * columns_of_part
     for j in range(begin, min(begin + columns_of_part, M), BN):
         cols = j + tl.arange(0, BN)
@@ -52,7 +54,9 @@ def _lse(
         s = similarities(
             q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
         )  # fmt: skip
-        x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        col_inverse = inverses(col_inverse_ptr, cols, M)
+        x = exponents(s, t, row_inverse_ptr, row_inverse, col_inverse)
+        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
         e, top, total, keep = accumulate(x, top, total, zero, MAXIMUM)
     if lse_ptr is not None:
         tl.store(lse_ptr + rows, log_of(top, total), mask=rows < N)
@@ -94,17 +98,15 @@ def pair_lse(
 
 def row_sums(pairs: Pairs, lse: Tensor, ways: Sequence[tuple[int, bool]]) -> None:
     """Fills `lse`, (N,) in float32; parts of it are there only if one of the ways serves."""
-    if pairs.wide:
-        return wide.row_sums(pairs, lse)
     config, N = pairs.config("sums"), pairs.N
     parts, columns = pairs.split(config)
     top, total = (pairs.new(parts, N), pairs.new(parts, N)) if parts > 1 else (None, None)
     for maximum, asked in ways:
         launch(
             _lse, (triton.cdiv(N, config.BM), parts), pairs.q, pairs.k,
-            lse if parts == 1 else None, top, total, *pairs.scale, *pairs.ids, *pairs.extents,
-            columns, pairs.D, config.BM, config.BN, config.BD, maximum, asked, **pairs.flags,
-            **config.run(),
+            lse if parts == 1 else None, top, total, *pairs.scale, *pairs.ids, *pairs.inverse,
+            *pairs.extents, columns, pairs.D, config.BM, config.BN, config.BD, maximum, asked,
+            **pairs.flags, **config.run(),
         )  # fmt: skip
     if parts > 1:
         launch(combine, (triton.cdiv(N, 256),), top, total, lse, N, parts, 256)

@@ -6,6 +6,7 @@ BD the similarities are made again for every BD of the output. Parts are added i
 second kernel: the same bits every run.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,22 +14,25 @@ from torch import Tensor
 from . import wide
 from ._launch import Pairs, launch
 from ._tile import (
-    LOG2E,
     accumulate,
+    exponents,
     first_top,
+    inverses,
     leave_out,
     load_rows,
     log_of,
     similarities,
     start,
     store_rows,
-    weighted_rows,
+    weighted_units,
 )
+from .pair_lse import row_sums
 
 
 @triton.jit
 def _mean(
     q_ptr, k_ptr, o_ptr, lse_ptr, top_ptr, total_ptr, scale, scale_ptr, row_ids_ptr, col_ids_ptr,
+    row_inverse_ptr, col_inverse_ptr,
     N, M, offset, q_stride, k_stride, columns_of_part,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     MAXIMUM: tl.constexpr, ASKED: tl.constexpr,
@@ -45,6 +49,7 @@ def _mean(
     total = tl.zeros((BM,), tl.float32)
     o = tl.zeros((BM, BD), tl.float32)
     q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+    row_inverse = inverses(row_inverse_ptr, rows, N)
     begin = part * columns_of_part
     for j in range(begin, min(begin + columns_of_part, M), BN):
         cols = j + tl.arange(0, BN)
@@ -52,9 +57,11 @@ def _mean(
         s = similarities(
             q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, BM, BN, BD, PRECISION
         )  # fmt: skip
-        x = leave_out(s * (t * LOG2E), rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
+        col_inverse = inverses(col_inverse_ptr, cols, M)
+        x = exponents(s, t, row_inverse_ptr, row_inverse, col_inverse)
+        x = leave_out(x, rows, cols, N, M, offset, row_ids_ptr, col_ids_ptr, SKIP)
         e, top, total, keep = accumulate(x, top, total, zero, MAXIMUM)
-        o = weighted_rows(e, k, o * keep[:, None], PRECISION)
+        o = weighted_units(e, k, row_inverse_ptr, col_inverse, o * keep[:, None], PRECISION)
     if top_ptr is None:
         o = o / tl.where(total == 0.0, 1.0, total)[:, None]
         store_rows(o_ptr, D, rows, N, at, o, D)
@@ -113,7 +120,9 @@ def pair_mean(
 def row_means(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """The log-sum-exp of each row, (N,), and the mean of the keys, (N, D), in float32."""
     if pairs.wide:
-        return wide.row_means(pairs)
+        lse = pairs.new(pairs.N)
+        row_sums(pairs, lse, pairs.ways)
+        return lse, wide.row_gradient(pairs, (lse, torch.ones_like(lse)), (None, None))
     config, N, D = pairs.config("gradient"), pairs.N, pairs.D
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)
@@ -126,12 +135,12 @@ def row_means(pairs: Pairs) -> tuple[Tensor, Tensor]:
     for maximum, asked in pairs.ways:
         launch(
             _mean, (triton.cdiv(N, config.BM), parts, passes), pairs.q, pairs.k, of_parts, lse, top,
-            total, *pairs.scale, *pairs.ids, *pairs.extents, columns, D, config.BM, config.BN,
-            config.BD, maximum, asked, **pairs.flags, **config.run(),
+            total, *pairs.scale, *pairs.ids, *pairs.inverse, *pairs.extents, columns, D, config.BM,
+            config.BN, config.BD, maximum, asked, **pairs.flags, **config.run(),
         )  # fmt: skip
     if parts > 1:
         launch(
             _combine, (triton.cdiv(N, 32), triton.cdiv(D, 64)), of_parts, top, total, o, lse, N,
             parts, D, 32, 64,
         )  # fmt: skip
-    return lse, o
+    return lse, o[:, : pairs.width].contiguous()

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..numerics import alarm
-from ._launch import Pairs, add_parts, launch
+from ._launch import Pairs, add_parts, launch, vector
 from ._tile import (
     load_rows,
     scale_of,
@@ -99,7 +99,7 @@ def pair_sigmoid(
     ) -> tuple[Tensor | None, ...]:
         """Loss, slope and dx of the rows, None where not needed."""
         # Without a gradient one pass over the width is enough, whatever it is.
-        config, N, D = pairs.config("gradient"), pairs.N, pairs.D
+        config, N, D = pairs.config("elementwise"), pairs.N, pairs.D
         passes = triton.cdiv(D, config.BD) if need_dx else 1
         parts, columns = pairs.split(config, passes)
         sums = [pairs.new(parts, N) if need_loss else None for _ in range(2)]
@@ -109,8 +109,10 @@ def pair_sigmoid(
             *weights, float(bias), bias_tensor, *pairs.scale, *pairs.ids, *pairs.extents, columns,
             D, config.BM, config.BN, config.BD, **pairs.flags, **config.run(),
         )  # fmt: skip
-        return tuple(None if x is None else add_parts(x) for x in (*sums, dx))
+        found = [None if x is None else add_parts(x) for x in sums]
+        return *found, None if dx is None else add_parts(dx, pairs.width)
 
+    row_weight = vector(row_weight)
     scaling = (scale, scale_tensor, reciprocal, "none", 0)
     pairs = Pairs(q, k, *scaling, row_ids, col_ids)
     loss, slope, dq = sweep(pairs, True, need_dq, row_weight, None)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..numerics import alarm
-from ._launch import Pairs, add_parts, launch
+from ._launch import Pairs, add_parts, launch, vector
 from ._tile import (
     LN2,
     LOG2E,
@@ -263,7 +263,7 @@ def pair_uel(
     pairs = Pairs(q, k, scale, scale_tensor, reciprocal, "twins", 0, row_ids, col_ids)
     N, D, m = pairs.N, pairs.D, float(negative_weight)
     log_m, log_m1 = math.log(m), math.log(m - 1) if m > 1 else -math.inf
-    sums, gradient = pairs.config("uel"), pairs.config("gradient")
+    sums, gradient = pairs.config("uel"), pairs.config("elementwise")
     shared = (*pairs.scale, *pairs.ids, *pairs.extents)
     blocks, rows = (triton.cdiv(N, sums.BM),), (triton.cdiv(N, 32),)
     parts, columns = pairs.split(sums)
@@ -296,7 +296,7 @@ def pair_uel(
     dq = pairs.new(parts, N, D)
     launch(
         _gradient, (triton.cdiv(N, gradient.BM), parts, passes), pairs.q, pairs.k, log_z, index,
-        margin, below, odds, dq, row_weight, m, *shared, columns, D, gradient.BM, gradient.BN,
-        gradient.BD, m == 1, **pairs.flags, **gradient.run(),
+        margin, below, odds, dq, vector(row_weight), m, *shared, columns, D, gradient.BM,
+        gradient.BN, gradient.BD, m == 1, **pairs.flags, **gradient.run(),
     )  # fmt: skip
-    return loss + alarm(q, k), add_parts(dq)
+    return loss + alarm(q, k), add_parts(dq, pairs.width)

@@ -1,8 +1,9 @@
 """What `contrast` does to rows, O(N D): onto the sphere, positives, losses, and back through the
 Jacobian.
 
-    unit       z = x / max(|x|, 1e-12)
-    pairs      the same for q_i and k_i, and their cosine from the unrounded rows
+    unit       z = x / max(|x|, 1e-12); of 16-bit rows x itself and 1 / max(|x|, 1e-12), as z would
+               be rounded
+    pairs      the same for q_i and k_i, and their cosine
     turn       loss = log(1 + e^(lse - t cos)), r = sigmoid(lse - t cos), r e^(zero - lse)
     back       dq = factor J_q (t u_q - t share (z_k - z_q)), dk likewise; u comes from the sweeps
 
@@ -33,21 +34,32 @@ def _norm(x, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def _store_unit(z_ptr, stride, inverse_ptr, rows, N, at, x, inverse, D: tl.constexpr):
+    """x and its inverse length, or their product where there is no place for the length."""
+    if inverse_ptr is not None:
+        tl.store(inverse_ptr + rows, inverse, mask=rows < N)
+    else:
+        x = x * inverse[:, None]
+    store_rows(z_ptr, stride, rows, N, at, x.to(z_ptr.dtype.element_ty), D)
+
+
+@triton.jit
 def unit(
-    x_ptr, z_ptr, alarm_ptr, N, x_stride,
+    x_ptr, z_ptr, inverse_ptr, alarm_ptr, N, x_stride, z_stride,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     at = tl.arange(0, BD)
     x = load_rows(x_ptr, x_stride, rows, N, at, D, BD).to(tl.float32)
     inverse, on_sphere = _norm(x, NORMALIZE)
-    store_rows(z_ptr, D, rows, N, at, (x * inverse[:, None]).to(z_ptr.dtype.element_ty), D)
+    _store_unit(z_ptr, z_stride, inverse_ptr, rows, N, at, x, inverse, D)
     tl.store(alarm_ptr + rows, tl.sum(x * 0.0, 1), mask=rows < N)
 
 
 @triton.jit
 def pairs(
-    q_ptr, k_ptr, zq_ptr, zk_ptr, cosine_ptr, alarm_ptr, N, q_stride, k_stride,
+    q_ptr, k_ptr, zq_ptr, zk_ptr, q_inverse_ptr, k_inverse_ptr, cosine_ptr, alarm_ptr, N, q_stride,
+    k_stride, z_stride,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -57,13 +69,13 @@ def pairs(
     q_inverse, q_on_sphere = _norm(q, NORMALIZE)
     k_inverse, k_on_sphere = _norm(k, NORMALIZE)
     tl.store(alarm_ptr + rows, tl.sum(q * 0.0, 1) + tl.sum(k * 0.0, 1), mask=rows < N)
+    _store_unit(zq_ptr, z_stride, q_inverse_ptr, rows, N, at, q, q_inverse, D)
+    _store_unit(zk_ptr, z_stride, k_inverse_ptr, rows, N, at, k, k_inverse, D)
     q, k = q * q_inverse[:, None], k * k_inverse[:, None]
     apart = q - k
     cosine = tl.where(
         q_on_sphere & k_on_sphere, 1.0 - 0.5 * tl.sum(apart * apart, 1), tl.sum(q * k, 1)
     )
-    store_rows(zq_ptr, D, rows, N, at, q.to(zq_ptr.dtype.element_ty), D)
-    store_rows(zk_ptr, D, rows, N, at, k.to(zk_ptr.dtype.element_ty), D)
     tl.store(cosine_ptr + rows, cosine, mask=rows < N)
 
 
@@ -98,7 +110,7 @@ def _jacobian(g, z, inverse, on_sphere, factor):
 @triton.jit
 def back(
     q_ptr, k_ptr, cosine_ptr, u_q_ptr, u_k_ptr, o_r_ptr, r_ptr, r_other_ptr, dq_ptr,
-    dk_ptr, dscale_ptr, factor, scale, scale_ptr, N, q_stride, k_stride,
+    dk_ptr, dscale_ptr, factor, scale, scale_ptr, N, q_stride, k_stride, u_stride,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
     STACKED: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +128,7 @@ def back(
     euler = tl.zeros((BM,), tl.float32)
     u = tl.zeros((BM, BD), tl.float32)
     if u_q_ptr is not None:
-        u = load_rows(u_q_ptr, D, rows, N, at, D, BD)
+        u = load_rows(u_q_ptr, u_stride, rows, N, at, D, BD)
         if o_r_ptr is not None:  # the softmax-weighted mean of the keys, times 1 - p
             u = u * tl.load(o_r_ptr + rows, mask=rows < N, other=0.0)[:, None]
         euler += tl.sum(q * u, 1)
@@ -127,7 +139,7 @@ def back(
         store_rows(dq_ptr, D, rows, N, at, dq, D)
     u = tl.zeros((BM, BD), tl.float32)
     if u_k_ptr is not None:
-        u = load_rows(u_k_ptr, D, rows, N, at, D, BD)
+        u = load_rows(u_k_ptr, u_stride, rows, N, at, D, BD)
         if STACKED:
             euler = 0.5 * (euler + tl.sum(k * u, 1))
     if dk_ptr is not None:
@@ -142,7 +154,7 @@ def back(
 
 @triton.jit
 def back_negatives(
-    x_ptr, u_ptr, dx_ptr, factor, scale, scale_ptr, N, x_stride,
+    x_ptr, u_ptr, dx_ptr, factor, scale, scale_ptr, N, x_stride, u_stride,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
     RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
@@ -152,6 +164,6 @@ def back_negatives(
     t = scale_of(scale, scale_ptr, RECIPROCAL)
     x = load_rows(x_ptr, x_stride, rows, N, at, D, BD).to(tl.float32)
     inverse, on_sphere = _norm(x, NORMALIZE)
-    u = load_rows(u_ptr, D, rows, N, at, D, BD)
+    u = load_rows(u_ptr, u_stride, rows, N, at, D, BD)
     dx = _jacobian(t * u, x * inverse[:, None], inverse, on_sphere, factor)
     store_rows(dx_ptr, D, rows, N, at, dx, D)

@@ -12,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Pairs, launch, multiprocessors
-from ._tile import KNOWN, LOG2E, leave_out, load_rows, log_of, similarities, start
+from ._tile import (
+    KNOWN,
+    exponents,
+    inverses,
+    leave_out,
+    load_rows,
+    log_of,
+    similarities,
+    start,
+)
 from .pair_lse import row_sums
 
 
@@ -44,7 +53,8 @@ def _add(total_ptr, at, n, total):
 
 @triton.jit
 def _tiles(
-    q_ptr, k_ptr, total_ptr, scale, scale_ptr, N, M, q_stride, k_stride, strips, tiles,
+    q_ptr, k_ptr, total_ptr, scale, scale_ptr, row_inverse_ptr, col_inverse_ptr, N, M, q_stride,
+    k_stride, strips, tiles,
     D: tl.constexpr, B: tl.constexpr, BD: tl.constexpr, SYMMETRIC: tl.constexpr,
     ASKED: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
@@ -64,6 +74,7 @@ def _tiles(
     for I in range(first, last + 1):
         rows = I * B + tl.arange(0, B)
         q = load_rows(q_ptr, q_stride, rows, N, at, D, BD)
+        row_inverse = inverses(row_inverse_ptr, rows, N)
         row_total = tl.zeros((B,), tl.float32)
         first_tile = I if SYMMETRIC else 0
         shift = _first_of(I, tiles, SYMMETRIC) - first_tile  # tile (I, J) is number J + shift
@@ -73,7 +84,9 @@ def _tiles(
             s = similarities(
                 q, k, q_ptr, q_stride, rows, N, k_ptr, k_stride, cols, M, D, B, B, BD, PRECISION
             )  # fmt: skip
-            x = leave_out(s * (t * LOG2E), rows, cols, N, M, 0, None, None, SKIP)
+            col_inverse = inverses(col_inverse_ptr, cols, M)
+            x = exponents(s, t, row_inverse_ptr, row_inverse, col_inverse)
+            x = leave_out(x, rows, cols, N, M, 0, None, None, SKIP)
             x = tl.where(rows[:, None] < N, x, -float("inf"))
             e = tl.exp2(x - zero)
             row_total += tl.sum(e, 1)
@@ -115,9 +128,9 @@ def both_sums(pairs: Pairs, symmetric: bool) -> tuple[Tensor, Tensor]:
     count, asked = N if symmetric else N + M, pairs.ways[0][1]
     total = pairs.new(programs, count).zero_()
     launch(
-        _tiles, (programs,), pairs.q, pairs.k, total, *pairs.scale, N, M, pairs.q.stride(0),
-        pairs.k.stride(0), strips, tiles, pairs.D, config.BM, config.BD, symmetric, asked,
-        **pairs.flags, **config.run(),
+        _tiles, (programs,), pairs.q, pairs.k, total, *pairs.scale, *pairs.inverse, N, M,
+        pairs.q.stride(0), pairs.k.stride(0), strips, tiles, pairs.D, config.BM, config.BD,
+        symmetric, asked, **pairs.flags, **config.run(),
     )  # fmt: skip
     # No two results of an operator may share memory.
     lse, lse_col = pairs.new(N), pairs.new(0 if symmetric else M)

@@ -21,7 +21,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record(function: Callable[[], Tensor], device) -> tuple[Callable[[], None], Tensor]:
     """As `graphed.record`; but recording runs the work once, as there is no other way here, and
     what it wrote in place stays written."""
     with _Recorder() as recorder:

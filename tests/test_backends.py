@@ -171,3 +171,33 @@ def test_meta_and_subclasses_take_the_dispatcher():
     assert ops.watched(fake)
     assert ops.watched(torch.randn(2), z)
     assert not ops.watched(torch.nn.Parameter(torch.randn(2)), None, "mean", 1.0)
+
+
+def test_the_attack_runs_whatever_backend_the_losses_are_forced_to():
+    """There is no Triton kernel for the update: it is not what a loss's backend is about."""
+    x = torch.rand(2, 3, 4, 4)
+    with use_backend("triton"):
+        x_adv = clae_fast.fgsm(lambda x: x.square().sum(), x, 0.1)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run sign_step"):
+        clae_fast.fgsm(lambda x: x.square().sum(), x, 0.1)
+
+
+def test_a_wrong_word_in_the_environment_breaks_no_import(tmp_path):
+    code = "import clae_fast; print(clae_fast.__version__); clae_fast.NTXentLoss(0.5)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CLAE_FAST_BACKEND": "Triton"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.stdout.strip() == clae_fast.__version__
+    assert "CLAE_FAST_BACKEND must be 'auto' or one of" in ran.stderr
+
+
+def test_the_interpreter_asked_for_too_late_is_named():
+    code = (
+        "import clae_fast, triton, os, torch; os.environ['TRITON_INTERPRET'] = '1'; "
+        "clae_fast.nt_xent_loss(torch.randn(4, 8), torch.randn(4, 8), backend='triton')"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "set after triton had been imported, which is too late" in ran.stderr

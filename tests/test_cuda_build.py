@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from native import ROOT, copy_tree, path_without_nvcc, setup
@@ -79,6 +80,30 @@ def test_cuda_is_built_where_there_is_nvcc():
 @pytest.fixture
 def tree(tmp_path):
     return copy_tree(tmp_path / "tree")
+
+
+def test_the_committed_table_is_of_these_sources():
+    """Every target, no spill, no local memory, tensor cores; and room for a batch on each."""
+    table = json.loads((ROOT / "bench" / "results" / "cuda-compiled.json").read_text())
+    path = [str(ROOT / "bench"), *sys.path]
+    code = "import json, cuda_table; print(json.dumps(cuda_table.sources()))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+    )  # fmt: skip
+    assert table["sources"] == json.loads(ran.stdout), "python bench/cuda_table.py --results ..."
+    rows = table["rows"]
+    assert {r["target"] for r in rows} == {"sm_80", "sm_90", "sm_100", "sm_120"}
+    assert not [r["wrong"] for r in rows if r["wrong"]]
+    for r in rows:
+        assert r["spills"] == r["stack"] == 0
+    most = {}
+    for r in rows:
+        if r["kernel"] == "contrast":
+            key = r["target"], r["dtype"]
+            most[key] = max(most.get(key, 0), r["most_rows"])
+    assert min(most.values()) >= 1024
+    assert most["sm_90", "bfloat16"] == 2048
 
 
 def facts(tree):

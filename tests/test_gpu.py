@@ -1,5 +1,5 @@
-"""What only a GPU can show of the backend `triton`: sizes, synchronisation, graphs, memory. Left
-out, with a line that says so, where there is none."""
+"""What only a GPU can show of the backends `triton` and `cuda`: sizes, synchronisation, graphs,
+memory. Left out, with a line that says so, where there is none."""
 
 import copy
 import functools
@@ -36,14 +36,21 @@ def _device():
     torch.set_default_device(None)
 
 
+SHAPES = {
+    "triton": [(64, 128), (1000, 100), (2048, 128), (4097, 256), (600, 768)],
+    "cuda": [(1, 8), (64, 128), (100, 100), (256, 256), (500, 64)],
+}
+CASES = [(backend, shape) for backend, shapes in SHAPES.items() for shape in shapes]
+
+
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(64, 128), (1000, 100), (2048, 128), (4097, 256), (600, 768)])
-def test_losses_against_float64(shape, loss, dtype):
+@pytest.mark.parametrize(("backend", "shape"), CASES, ids=str)
+def test_losses_against_float64(backend, shape, loss, dtype):
     q = torch.randn(shape)
     k = (q + torch.randn(shape)).to(dtype)
     q = q.to(dtype)
-    with use_backend("triton"):
+    with use_backend(backend):
         value, grads = value_and_grad(LOSSES[loss])(q, k)
     with use_backend("reference"):
         expected, refs = value_and_grad(LOSSES[loss])(q.double(), k.double())
@@ -71,15 +78,19 @@ def test_past_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(256, 128), (4096, 128), (600, 768)])
-def test_no_synchronisation_and_in_a_graph(loss, shape):
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    [("triton", (256, 128)), ("triton", (4096, 128)), ("triton", (600, 768)), ("cuda", (256, 128))],
+    ids=str,
+)
+def test_no_synchronisation_and_in_a_graph(backend, loss, shape):
     """The same bits from the replay of a CUDA graph, with other embeddings in the same memory."""
     temperature = torch.tensor(0.1)
     call = value_and_grad(LOSSES[loss])
     if loss == "nt_xent":
         call = value_and_grad(functools.partial(nt_xent_loss, temperature=temperature))
     q, k = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(2))
-    with use_backend("triton"):
+    with use_backend(backend):
         call(q, k)  # compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -99,13 +110,14 @@ def test_no_synchronisation_and_in_a_graph(loss, shape):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_graphed_attack(autocast):
+def test_graphed_attack(autocast, monkeypatch):
     """A replayed attack is the exact one, to the bit, while weights and statistics move."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
         torch.nn.Flatten(), torch.nn.Linear(16 * 36, 32),
     )  # fmt: skip
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     one = convert_dual_batchnorm(net.to(memory_format=torch.channels_last))
     two, graphed = copy.deepcopy(one), GraphedAttack()
     data = [torch.rand(2, 64, 3, 8, 8) for _ in range(8)]
@@ -117,8 +129,51 @@ def test_graphed_attack(autocast):
             optimizer.zero_grad()
             out.loss.backward()
             optimizer.step()
+    assert graphed._recorded is not None  # and five replays
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
+
+
+def test_one_launch():
+    """Loss and gradients of 2,048 rows of bfloat16, and of two equal sets, in one kernel."""
+    q, k = (torch.randn(1024, 128, dtype=torch.bfloat16) for _ in range(2))
+    for first, second in ((q, k), (q, q)):
+        call = functools.partial(
+            raw.contrast, first, second, None, 10.0, need_dq=True, need_dk=True, backend="cuda"
+        )
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            got = call()
+            torch.cuda.synchronize()
+        kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        assert [e.name for e in kernels if "contrast_kernel" not in e.name] == []
+        assert len(kernels) == 1
+        for one, other in zip(got, call(), strict=True):  # the same bits
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [4097, 8191])
+def test_the_same_bits_of_shared_sweeps(rows):
+    """Sums of rows and columns from one sweep: what a race would change."""
+    z = torch.nn.functional.normalize(torch.randn(rows, 64), dim=1).bfloat16()
+    first = raw.contrast(z, z.flip(0), None, 10.0, form="two_way", need_dq=True, backend="triton")
+    for _ in range(20):
+        again = raw.contrast(
+            z, z.flip(0), None, 10.0, form="two_way", need_dq=True, backend="triton"
+        )
+        for one, other in zip(first, again, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", GRADIENT, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (4, 3, 33, 35), (64, 3, 224, 224)], ids=str)
+def test_sign_step(shape, dtype, layout):
+    x, grad, x0 = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+    eps, low = torch.rand(shape[1], 1, 1), -torch.rand(shape[1], 1, 1)
+    for args in ((0.1, 0.2, -1.0, 1.0), (0.1, 0.0, 0.0, 1.0, None, eps, low)):
+        got = raw.sign_step(x, grad, x0, *args, backend="cuda")
+        assert torch.equal(got, raw.sign_step(x, grad, x0, *args, backend="reference"))
 
 
 def test_memory():

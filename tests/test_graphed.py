@@ -25,10 +25,10 @@ def recorder(monkeypatch):
     counts = {"records": 0, "replays": 0}
     encoders = []
 
-    def record(function):
+    def record(function, device):
         counts["records"] += 1
         kept = [(b, b.clone()) for e in encoders for b in e.buffers()]
-        replay, result = recorded_graph.record(function)
+        replay, result = recorded_graph.record(function, device)
         for buffer, value in kept:
             buffer.copy_(value)
         result.fill_(torch.nan)  # recording computes nothing
@@ -103,11 +103,50 @@ def test_what_is_recorded_anew(recorder):
     assert (recorder["records"], recorder["replays"]) == (2, 4)
     for (x, _), (x_again, _) in zip(want, got, strict=True):
         assert torch.equal(x, x_again)
-    # Another mode is another computation: not replayed.
-    encoder.eval()
-    want = train(copy.deepcopy(encoder), data[:1], "exact", None)
-    assert torch.equal(want[0][0], train(encoder, data[:1], attack, None)[0][0])
-    assert recorder["replays"] == 4
+
+
+@pytest.mark.parametrize("change", ["mode", "one layer", "momentum", "temperature", "backend"])
+def test_what_is_another_computation(recorder, change):
+    """Not replayed, and right; replayed again when it is as it was."""
+    encoder, attack, loss = network(), GraphedAttack(), NTXentLoss(0.5)
+    recorder["encoders"].append(encoder)
+    data = batches([6] * 5)
+    train(encoder, data, attack, loss)
+    replays = recorder["replays"]
+    assert replays == 2
+    where, name, other = {
+        "mode": (encoder, "training", False),
+        "one layer": (encoder[1], "training", False),
+        "momentum": (encoder[1].aux, "momentum", 0.5),
+        "temperature": (loss, "temperature", 0.01),
+        "backend": (loss, "backend", "reference"),
+    }[change]
+    was = getattr(where, name)
+    setattr(where, name, other)
+    twin = copy.deepcopy(encoder)
+    want, got = train(twin, data[:1], "exact", loss), train(encoder, data[:1], attack, loss)
+    assert torch.equal(want[0][0], got[0][0])
+    for key, value in twin.state_dict().items():
+        assert torch.equal(value, encoder.state_dict()[key]), key
+    assert recorder["replays"] == replays
+    setattr(where, name, was)
+    twin = copy.deepcopy(encoder)
+    want, got = train(twin, data[:1], "exact", loss), train(encoder, data[:1], attack, loss)
+    assert torch.equal(want[0][0], got[0][0])
+    assert recorder["replays"] == replays + 1
+
+
+def test_images_that_require_grad_leave_no_trace(recorder):
+    encoder, attack = network(), GraphedAttack()
+    recorder["encoders"].append(encoder)
+    for x_i, x_j in batches([6] * 6):
+        weight = torch.ones((), requires_grad=True)
+        clae_step(encoder, x_i * weight, x_j, attack=attack)
+    assert recorder["replays"] == 3
+    assert not attack._x.requires_grad
+    attack.reset()
+    train(encoder, batches([6] * 5), attack, None)
+    assert (recorder["records"], recorder["replays"]) == (2, 5)
 
 
 def test_what_is_refused(recorder, monkeypatch):
@@ -127,7 +166,9 @@ def test_what_is_refused(recorder, monkeypatch):
     attack, encoder = GraphedAttack(), Asks()
     for x_i, x_j in data[:3]:
         clae_step(encoder, x_i, x_j, attack=attack)
-    with pytest.raises(RuntimeError, match=r'cannot be recorded .*: use attack="exact"'):
+    with pytest.raises(
+        RuntimeError, match=r'cannot be recorded .*: start anew with attack="exact"'
+    ):
         clae_step(encoder, *data[3], attack=attack)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"needs images on a GPU, got x_i on cpu"):

@@ -18,7 +18,16 @@ import triton.language as tl
 from dense import error
 from torch._subclasses import FakeTensorMode
 
-from clae_fast import nt_xent_loss, reference, triton_backend, uel_loss, use_backend, value_and_grad
+from clae_fast import (
+    clip_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    reference,
+    triton_backend,
+    uel_loss,
+    use_backend,
+    value_and_grad,
+)
 from clae_fast.kernels import _launch, two_sided, wide
 from clae_fast.ops import raw
 
@@ -53,10 +62,16 @@ def operands(N, M, D, dtype, skip="none"):
         options = {"skip": rule, "offset": int(extra) if extra.isdigit() else 0}
     if "ids" in skip:
         options |= {
-            "row_ids": torch.arange(N, dtype=torch.int32) % 3,
-            "col_ids": torch.arange(M, dtype=torch.int32) % 4,
+            "row_ids": apart(torch.arange(N, dtype=torch.int32) % 3),
+            "col_ids": apart(torch.arange(M, dtype=torch.int32) % 4),
         }
     return q, k, options
+
+
+def apart(x):
+    """The same numbers, not side by side: a column of a matrix, as the upstream gradients of a loss
+    with two directions are."""
+    return torch.stack((x, torch.full_like(x, 77)), 1)[:, 0]
 
 
 def truth(op, *args, **kwargs):
@@ -95,9 +110,10 @@ def test_grad(skip, given, shape, dtype):
     q, k, options = operands(*shape, dtype, skip)
     if given in ("rows", "both"):
         lse = reference.pair_lse(q.float(), k.float(), 0.7, **options)
-        options = options | {"row_lse": lse, "row_weight": torch.randn(len(q))}
+        options = options | {"row_lse": apart(lse), "row_weight": apart(torch.randn(len(q)))}
     if given in ("columns", "both"):
-        options = options | {"col_lse": torch.randn(len(k)) + 5, "col_weight": torch.rand(len(k))}
+        numbers = {"col_lse": torch.randn(len(k)) + 5, "col_weight": torch.rand(len(k))}
+        options = options | {name: apart(x) for name, x in numbers.items()}
     (dq,), (expected,) = both("pair_grad", q, k, 0.7, **options)
     assert error(dq, expected) < GRADIENT[dtype]
 
@@ -108,7 +124,7 @@ def test_grad(skip, given, shape, dtype):
 def test_sigmoid(with_ids, need, shape, dtype):
     q, k, options = operands(*shape, dtype, "ids" if with_ids else "none")
     out, expected = both(
-        "pair_sigmoid", q, k, 0.7, -1.5, **options, row_weight=torch.rand(len(q)),
+        "pair_sigmoid", q, k, 0.7, -1.5, **options, row_weight=apart(torch.rand(len(q))),
         bias_tensor=torch.tensor(0.25), need_dq=need[0], need_dk=need[1],
     )  # fmt: skip
     for got, ref, limit in zip(
@@ -122,13 +138,60 @@ def test_sigmoid(with_ids, need, shape, dtype):
 @pytest.mark.parametrize("shape", [(2, 4), (10, 5), (126, 40)])  # two parts
 def test_uel(m, t, shape, dtype):
     q = torch.nn.functional.normalize(torch.randn(shape), dim=1).to(dtype)
-    weight = torch.rand(len(q))
+    weight = apart(torch.rand(len(q)))
     (loss, dq), (expected, dq_ref) = both(
         "pair_uel", q, q, t, m, row_weight=weight, need_dq=True
     )  # fmt: skip
     plain = reference.pair_uel(q.float(), q.float(), t, m, row_weight=weight, need_dq=True)
     assert error(loss, expected) < max(2e-6, 1e-7 * t, 3 * error(plain[0], expected))
     assert error(dq, dq_ref) < max(GRADIENT[dtype], 3 * error(plain[1], dq_ref))
+
+
+ROWS = {
+    "clip": functools.partial(clip_loss, logit_scale=15.0, normalize=True, reduction="none"),
+    "symmetric": functools.partial(info_nce_loss, symmetric=True, reduction="none"),
+    "nt_xent": functools.partial(nt_xent_loss, reduction="none"),
+    "uel": functools.partial(uel_loss, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("loss", ROWS)
+def test_losses_of_rows_under_any_upstream_gradient(loss):
+    q = torch.randn(40, 33)
+    k = q + torch.randn(40, 33)
+    upstream, found = None, []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        xs = [x.clone().to(dtype).requires_grad_() for x in (q, k)]
+        rows = ROWS[loss](*xs, backend=backend)
+        upstream = torch.randn(rows.shape) if upstream is None else upstream
+        rows.backward(upstream.to(dtype))
+        found.append((rows.detach(), *(x.grad for x in xs)))
+    for got, expected in zip(*found, strict=True):
+        assert error(got, expected) < 2e-5
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "clip", "queue"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_16_bits_are_not_rounded_again(loss, dtype):
+    """Of aligned pairs at a small temperature the loss is that of the very rows."""
+    q = torch.randn(37, 100)
+    noise = 0.02 if dtype == torch.bfloat16 else 2.0  # gradients in float16 have a range
+    k = (q + noise * torch.randn(37, 100)).to(dtype)
+    q, more = q.to(dtype), torch.randn(50, 100).to(dtype)
+    call = {
+        "nt_xent": functools.partial(nt_xent_loss, temperature=0.05),
+        "clip": functools.partial(clip_loss, logit_scale=20.0, normalize=True),
+        "queue": functools.partial(info_nce_loss, negative_keys=more, temperature=0.05),
+    }[loss]
+    value, grads = value_and_grad(functools.partial(call, backend="triton"))(q, k)
+    if loss == "queue":
+        call = functools.partial(call, negative_keys=more.double())
+    expected, refs = value_and_grad(functools.partial(call, backend="reference"))(
+        q.double(), k.double()
+    )
+    assert error(value, expected) < 1e-5
+    for got, ref in zip(grads, refs, strict=True):
+        assert error(got, ref) < GRADIENT[dtype]
 
 
 FORMS = ["nt_xent", "one_way", "queue", "two_way"]

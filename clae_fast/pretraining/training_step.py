@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from clae_fast import GraphedAttack, InfoNCELoss, NTXentLoss, UELLoss, clae_step
+from clae_fast.backends import requested
 
 from .accumulate import accumulated_step, check_independent
 from .config import ConfigError, PretrainConfig
@@ -43,7 +44,11 @@ def make_loss(config: PretrainConfig, device: torch.device | str = "cpu") -> nn.
         loss(z, z)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError("backend", config.backend, f"one that can run here ({reason})") from error
+        forced = requested(None)
+        value = config.backend
+        if backend is None and forced != "auto":
+            value = f"auto, which CLAE_FAST_BACKEND or use_backend makes {forced}"
+        raise ConfigError("backend", value, f"one that can run here ({reason})") from error
     return loss
 
 

@@ -22,7 +22,8 @@ def pair_uel(
     col_ids: Tensor | None = None,
     need_dq: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Instance discrimination of UEL (Ye et al., CVPR 2019) on stacked views `q = k` (2B, D).
+    """Instance discrimination of UEL (Ye et al., CVPR 2019) on stacked views `q = k` (2B, D):
+    an even number of rows.
 
     With `m = negative_weight`, the positive `+` and the negatives `j` of row i,
 
