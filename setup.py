@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,7 +38,9 @@ CUDA_OPERATORS = ["csrc/cuda/ops.cpp"]
 # For any processor: the kernels choose their instruction set when they run.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", f"-fmacro-prefix-map={os.getcwd()}/="]
 # A100, H100, B200, RTX Blackwell; others between take the nearest image or the PTX.
-ARCHITECTURES = "8.0;9.0;10.0;12.0;8.0+PTX"
+ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"
+NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
+                       "Blackwell": "10.0;12.0+PTX"}  # fmt: skip
 # A spill fails the build: these kernels live from their registers.
 NVCC_FLAGS = [
     "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "--warn-on-spills",
@@ -108,8 +111,6 @@ class BuildExt(build_ext):
             CudaError: why there are none.
         """
         root = cuda_root()
-        if root is None:
-            raise CudaError("skipped: no nvcc on PATH, and no CUDA_HOME")
         runtime = [
             str(path)
             for folder in ("lib64", "targets/x86_64-linux/lib", "lib")
@@ -129,9 +130,7 @@ class BuildExt(build_ext):
             fresh = target.exists() and stamp.exists() and stamp.read_text() == flags
             since = max(newest, Path(source).stat().st_mtime)
             if not fresh or target.stat().st_mtime < since or self.force:
-                ran = subprocess.run(
-                    [*nvcc, "-c", source, "-o", str(target)], capture_output=True, text=True
-                )
+                ran = run_nvcc(*nvcc, "-c", source, "-o", str(target))
                 if ran.returncode:
                     words = [w for w in (ran.stdout + ran.stderr).splitlines() if w.strip()]
                     errors = [w for w in words if "error" in w.lower()] or words or ["nvcc failed"]
@@ -163,6 +162,7 @@ class BuildExt(build_ext):
         command = cpp_extension.BuildExtension(self.distribution)
         for option in ("build_lib", "build_temp", "inplace", "editable_mode", "debug", "force"):
             setattr(command, option, getattr(self, option))
+        command.force = True  # it looks at no object files; ninja still builds what changed only
         try:
             command.ensure_finalized()
             command.run()
@@ -187,40 +187,70 @@ class CudaError(Exception):
     """Why there are no CUDA kernels."""
 
 
-def cuda_root() -> Path | None:
-    """The toolkit's folder, from CUDA_HOME or from nvcc itself, which may be a wrapper on PATH."""
+def cuda_root() -> Path:
+    """The toolkit's folder, from CUDA_HOME or from nvcc itself, which may be a wrapper on PATH.
+
+    Raises:
+        CudaError: there is none.
+    """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home and Path(home, "bin", "nvcc").exists():
+    if home:
+        if not Path(home, "bin", "nvcc").exists():
+            raise CudaError(f"skipped: CUDA_HOME={home} has no bin/nvcc")
         return Path(home)
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        return None
-    dry = [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]
-    said = subprocess.run(dry, capture_output=True, text=True).stderr
+        raise CudaError("skipped: no nvcc on PATH, and no CUDA_HOME")
+    said = run_nvcc(nvcc, "--dryrun", "-x", "cu", "-E", os.devnull).stderr
     top = next((w for w in said.splitlines() if w.startswith("#$ TOP=")), None)
-    return None if top is None else Path(top.partition("=")[2]).resolve()
+    if top is None:
+        raise CudaError(f"skipped: {nvcc} does not say where its toolkit is")
+    return Path(top.partition("=")[2]).resolve()
+
+
+def run_nvcc(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CudaError(f"skipped: nvcc does not run ({one_line(error)})") from error
 
 
 def generated_code(root: Path) -> list[str]:
-    """nvcc's options for the architectures asked for, of those that it knows."""
-    asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).replace(" ", ";").split(";")
-    listed = subprocess.run(
-        [str(root / "bin" / "nvcc"), "--list-gpu-code"], capture_output=True, text=True
-    )
+    """nvcc's options for the architectures asked for, as PyTorch reads them; those before 8.0, for
+    which there are no kernels, are left out."""
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    for name, numbers in NAMED_ARCHITECTURES.items():
+        text = text.replace(name, numbers)
+    asked = [word for word in text.replace(" ", ";").replace(",", ";").split(";") if word]
+    listed = run_nvcc(str(root / "bin" / "nvcc"), "--list-gpu-code")
     known = set(listed.stdout.split())
-    options = []
-    for name in filter(None, asked):
-        number = name.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("af").isdigit() or int(number.rstrip("af")) < 80:
-            raise CudaError(f"skipped: TORCH_CUDA_ARCH_LIST names {name!r}, expected 8.0 or more")
-        if f"sm_{number}" in known:
-            code = "compute" if name.endswith("+PTX") and f"sm_{number}" in str(options) else "sm"
-            options += ["-gencode", f"arch=compute_{number},code={code}_{number}"]
-            if name.endswith("+PTX") and code == "sm":
-                options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-    if not options:
-        raise CudaError(f"skipped: nvcc of {root} knows none of {';'.join(asked)}")
-    return options
+    if listed.returncode or not known:
+        raise CudaError(f"skipped: nvcc of {root} does not say which GPUs it knows")
+    codes: list[tuple[str, str]] = []
+    for word in asked:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if found is None:
+            raise CudaError(
+                f"skipped: TORCH_CUDA_ARCH_LIST has {word!r}, expected numbers such as 8.0;9.0+PTX"
+            )
+        major, minor, feature, ptx = found.groups()
+        number = f"{major}{minor}{feature or ''}"
+        if int(major) < 8:
+            continue
+        if f"sm_{major}{minor}" not in known:
+            print(f"clae_fast: CUDA without {word}, which nvcc of {root} does not know")
+            continue
+        codes += [(number, f"sm_{number}"), *([(number, f"compute_{number}")] if ptx else [])]
+    if not codes:
+        raise CudaError(
+            f"skipped: nothing in TORCH_CUDA_ARCH_LIST ({';'.join(asked)}) is 8.0 or more and "
+            f"known to nvcc of {root}"
+        )
+    return [
+        word
+        for number, code in dict.fromkeys(codes)
+        for word in ("-gencode", f"arch=compute_{number},code={code}")
+    ]
 
 
 def one_line(error: BaseException) -> str:

@@ -335,7 +335,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if _tile.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: expected a Triton that compiles")
-    if args.results is not None and not args.results.absolute().parent.is_dir():
+    if args.results is not None and (
+        args.results.is_dir() or not args.results.absolute().parent.is_dir()
+    ):
         parser.error(f"--results {args.results}: expected a file in a folder that exists")
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         tables = list(pool.map(table_of, args.targets, itertools.repeat(args.quick)))

@@ -161,7 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     if cuda_root() is None:
         print("cuda_table.py: error: expected nvcc on PATH or CUDA_HOME", file=sys.stderr)
         return 2
-    if args.results is not None and not args.results.absolute().parent.is_dir():
+    if args.results is not None and (
+        args.results.is_dir() or not args.results.absolute().parent.is_dir()
+    ):
         parser.error(f"--results {args.results}: expected a file in a folder that exists")
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)

@@ -55,7 +55,8 @@ TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch
 print("%d.%d" % torch.cuda.get_device_capability())')
 export TORCH_CUDA_ARCH_LIST
 step "build" 80 "$python" -m pip install -q --no-build-isolation --no-deps -e .
-step "operators against float64" 110 "$python" -m pytest -q tests/test_gpu.py
+step "what was built" 20 "$python" -m clae_fast info
+step "operators against float64" 90 "$python" -m pytest -q tests/test_gpu.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     step "compute-sanitizer, $tool" 25 \

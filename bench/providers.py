@@ -18,6 +18,7 @@ from shapes import Shape
 from torch import Tensor
 
 import clae_fast
+from clae_fast import cuda
 
 Loss = Callable[..., Tensor]
 
@@ -92,6 +93,14 @@ def _compiled(shape: Shape, device: str) -> Loss:
     return compiled
 
 
+def _reduce_overhead(shape: Shape, device: str) -> Loss | None:
+    """Compiled, and replayed as CUDA graphs by PyTorch itself."""
+    if device == "cpu":
+        return None
+    compiled: Loss = torch.compile(dense(shape), dynamic=False, mode="reduce-overhead")
+    return compiled
+
+
 def _sixteen_bits(shape: Shape, device: str) -> Loss | None:
     """Compiled, with products of 16 bits that are rounded to 16 bits; the gate says what that is
     worth."""
@@ -128,6 +137,13 @@ def _ours(backend: str, shape: Shape, device: str) -> Loss | None:
         raise NotHere(f"it does not run on {device}")
     if backend == "reference" and shape.rows * shape.columns > 2**24:
         return None  # the specification, chunk by chunk; its time says nothing more
+    if backend == "cuda":
+        forms = {"nt_xent": "nt_xent", "clip": "two_way", "info_nce": "one_way"}
+        q, k = (torch.empty(shape.pairs, shape.width, dtype=shape.dtype, device=device)
+                for _ in range(2))  # fmt: skip
+        needs = {"need_dq": True, "need_dk": True, "form": forms[shape.loss]}
+        if shape.queue or cuda.contrast_refusal(q, k, None, 1.0, **needs) is not None:
+            return None  # larger than one launch can hold
     options: dict[str, Any] = {"backend": backend}
     if shape.loss == "clip":
         return functools.partial(
@@ -259,6 +275,7 @@ PROVIDERS = (
     ),
     Provider("eager", _eager),
     Provider("compiled", _compiled),
+    Provider("compiled-reduce-overhead", _reduce_overhead),
     Provider("compiled-16-bit", _sixteen_bits),
     Provider("linear_cross_entropy", _linear_cross_entropy),
     Provider("lightly", _lightly, "lightly"),

@@ -23,6 +23,7 @@ from results_file import (
     load,
     losses,
     ours_of,
+    own,
 )
 
 from clae_fast.pretraining.files import write_whole
@@ -68,6 +69,11 @@ def best_other(record: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> st
     return min(others, key=lambda n: by_name[n]["seconds"], default=None)
 
 
+def label(shape: str, mine: str, result: Result) -> str:
+    """The shape, with the backend where it is not the one in the head of the table."""
+    return shape if mine == ours_of(result) else f"{shape} ({mine})"
+
+
 def loss_table(result: Result) -> list[str]:
     mine = ours_of(result)
     fused = losses(result, "value_and_grad")
@@ -78,7 +84,7 @@ def loss_table(result: Result) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for shape, by_name in losses(result, "forward+backward").items():
-        ours = by_name.get(mine)
+        ours = by_name.get(mine := own(by_name))
         if ours is None:
             continue
         best = best_other(ours, by_name)
@@ -86,7 +92,7 @@ def loss_table(result: Result) -> list[str]:
         if "share_of_gemm_ceiling" in ours:
             share = f"{100 * ours['share_of_gemm_ceiling']:.0f} %"
         cells = [
-            shape,
+            label(shape, mine, result),
             size(ours),
             cell(ours),
             cell(by_name.get("eager")),
@@ -116,10 +122,11 @@ def forward_table(result: Result) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for shape, by_name in losses(result, "forward").items():
-        if (ours := by_name.get(mine)) is None:
+        if (ours := by_name.get(mine := own(by_name))) is None:
             continue
         best = best_other(ours, by_name)
-        cells = [shape, *(cell(by_name.get(name)) for name in (mine, "eager", "compiled"))]
+        times = (cell(by_name.get(name)) for name in (mine, "eager", "compiled"))
+        cells = [label(shape, mine, result), *times]
         cells += (
             ["-", "-"]
             if best is None
@@ -138,10 +145,9 @@ def goal_table(result: Result) -> list[str]:
 
 def peers(result: Result) -> list[str]:
     """One line per other library: its time against ours, and what was wrong."""
-    mine = ours_of(result)
     found: dict[str, list[str]] = {}
     for shape, by_name in losses(result, "forward+backward").items():
-        times = by_name.get(mine, {}).get("times_as_fast_as", {})
+        times = by_name.get(own(by_name), {}).get("times_as_fast_as", {})
         for name, record in by_name.items():
             if name in ("eager", "compiled") or name.startswith("clae_fast"):
                 continue

@@ -180,6 +180,12 @@ def losses(result: Result, mode: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def ours_of(result: Result) -> str:
-    """The backend of ours that the tables are about."""
-    there = {r.get("provider") for r in result["records"]}
-    return next((name for name in OURS if name in there), OURS[-1])
+    """The backend of ours that the run is about: the one with the most figures."""
+    names = [r.get("provider") for r in result["records"]]
+    there = [name for name in OURS if name in names]
+    return max(there, key=names.count, default=OURS[-1])
+
+
+def own(by_name: dict[str, dict[str, Any]]) -> str:
+    """The backend of ours that a shape is about: the one that is chosen first."""
+    return next((name for name in OURS if name in by_name), OURS[-1])

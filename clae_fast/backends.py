@@ -45,6 +45,7 @@ def _load_gpu(backend: ModuleType, op: str) -> Callable[..., Any]:
     return kernel
 
 
+_TRITON_CAN = triton_backend.refusal
 _CPP_PAIRS = tuple(op for op in OPERATORS if op != "sign_step")
 TABLE = (
     *(
@@ -55,18 +56,12 @@ TABLE = (
     *(Row(op, "cpp", 10, functools.partial(_load_cpp, op), cpp_pairs.refusal) for op in _CPP_PAIRS),
     # Behind the reference until a GPU has run them: they must be asked for by name.
     *(
-        Row(
-            op,
-            "triton",
-            -1,
-            functools.partial(_load_gpu, triton_backend, op),
-            triton_backend.refusal,
-        )
-        for op in triton_backend.OPERATORS
-    ),
-    *(
         Row(op, "cuda", -1, functools.partial(_load_gpu, cuda, op), getattr(cuda, f"{op}_refusal"))
         for op in cuda.OPERATORS
+    ),
+    *(
+        Row(op, "triton", -2, functools.partial(_load_gpu, triton_backend, op), _TRITON_CAN)
+        for op in triton_backend.OPERATORS
     ),
 )
 

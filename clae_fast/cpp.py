@@ -21,10 +21,19 @@ def memory_format(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def per_channel(tensor: Tensor, x: Tensor) -> bool:
+def _per_channel(tensor: Tensor, x: Tensor) -> bool:
     """Broadcasts to x along dimension 1 alone."""
     shape = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
     return tensor.numel() == 1 or (x.dim() >= 2 and tensor.numel() == shape[1] == x.shape[1])
+
+
+def layout_refusal(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why a kernel that walks dense memory, channel by channel at most, cannot run these."""
+    if memory_format(x) is None:
+        return "x is neither contiguous nor channels_last"
+    if not all(t is None or _per_channel(t, x) for t in tensors):
+        return "step, eps and bounds may vary per channel only"
+    return None
 
 
 def sign_step_refusal(
@@ -42,11 +51,7 @@ def sign_step_refusal(
         return f"it runs on the CPU, x is on {x.device}"
     if x.dtype not in _SIGN_STEP_DTYPES:
         return f"it knows float32, bfloat16 and float64, x is {x.dtype}"
-    if memory_format(x) is None:
-        return "x is neither contiguous nor channels_last"
-    if not all(t is None or per_channel(t, x) for t in tensors):
-        return "step, eps and bounds may vary per channel only"
-    return None
+    return layout_refusal(x, tensors)
 
 
 def sign_step(

@@ -32,7 +32,7 @@ def refusal(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
@@ -91,9 +91,9 @@ def contrast(
     )
     _run(
         torch.ops.clae_fast_C.contrast.default,
-        _dense_rows(q),
-        _dense_rows(k),
-        None if negatives is None else _dense_rows(negatives),
+        dense_rows(q),
+        dense_rows(k),
+        None if negatives is None else dense_rows(negatives),
         _scale(scale, scale_tensor, reciprocal),
         _FORMS[form],
         normalize,
@@ -155,8 +155,8 @@ def _pairs(
     _run(
         torch.ops.clae_fast_C.pairs.default,
         _OPS[op],
-        _dense_rows(q),
-        _dense_rows(k),
+        dense_rows(q),
+        dense_rows(k),
         _scale(scale, scale_tensor, reciprocal),
         bias,
         negative_weight,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .cpp import memory_format, per_channel
+from .cpp import layout_refusal, memory_format
+from .cpp_pairs import dense_rows
 
 OPERATORS = ("contrast", "sign_step")
 MAX_WIDTH = 256
@@ -39,30 +40,43 @@ def _on(x: Tensor) -> Any:
         yield torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+@functools.cache
+def _unusable(device: int) -> str | None:
+    """Why nothing can run on that GPU: the build has no image for it, or its driver is too old."""
+    said: str = torch.ops.clae_fast_C.cuda_unusable(device)
+    return f"on cuda:{device} CUDA says: {said}" if said else None
+
+
+def _index(x: Tensor) -> int:
+    return torch.cuda.current_device() if x.device.index is None else x.device.index
 
 
 @functools.lru_cache(1024)
 def _workspace(
-    device: torch.device, dtype: torch.dtype, B: int, D: int, form: int, needs: tuple[bool, ...],
-    fold: bool,
-) -> int:  # fmt: skip
+    device: int, dtype: int, B: int, D: int, form: int, fold: bool, needs: tuple[bool, ...]
+) -> int:
     """Floats of workspace; -1 if no tile fits the GPU. Depends on nothing but these."""
-    q = torch.empty((B, D), dtype=dtype, device=device)
-    k = q if fold else torch.empty_like(q)
-    with _on(q):
-        floats: int = torch.ops.clae_fast_C.contrast_cuda_workspace(q, k, form, *needs)
+    floats: int = torch.ops.clae_fast_C.contrast_cuda_workspace(
+        dtype, B, D, form, fold, *needs, device
+    )
+    if floats < 0:
+        raise _TooLarge
     return floats
 
 
-def _floats(
-    q: Tensor, k: Tensor, form: str, need_dq: bool, need_dk: bool, need_dscale: bool
-) -> int:
-    same = q.data_ptr() == k.data_ptr() and q.stride() == k.stride()
-    needs = (need_dq, need_dk, need_dscale)
+class _TooLarge(Exception):
+    """Not remembered: what failed in asking may pass."""
+
+
+def _same(q: Tensor, k: Tensor) -> bool:
+    """Two equal sets take a fourth of the work."""
+    return q.data_ptr() == k.data_ptr() and q.shape == k.shape and q.stride() == k.stride()
+
+
+def _floats(q: Tensor, form: str, same: bool, needs: tuple[bool, ...]) -> int:
     B, D = q.shape
-    return _workspace(q.device, q.dtype, B, D, _FORMS[form], needs, form == "nt_xent" and same)
+    fold = form == "nt_xent" and same
+    return _workspace(_index(q), _DTYPES.index(q.dtype), B, D, _FORMS[form], fold, needs)
 
 
 def contrast_refusal(
@@ -89,7 +103,11 @@ def contrast_refusal(
         return f"it knows at most {MAX_WIDTH} elements a row, the embeddings have {q.shape[1]}"
     if negatives is not None:
         return "it knows the batch's own negatives only, negative_keys are given"
-    if form in _FORMS and _floats(q, k, form, need_dq, need_dk, need_dscale) < 0:
+    if reason := _unusable(_index(q)):
+        return reason
+    try:
+        _floats(q, form, _same(q, k), (need_dq, need_dk, need_dscale))
+    except _TooLarge:
         return f"{q.shape[0]:,} pairs are more than this GPU can hold in one launch"
     return None
 
@@ -113,9 +131,9 @@ def contrast(
     if form not in _FORMS:
         raise ValueError(f"form must be 'nt_xent', 'one_way' or 'two_way', got {form!r}")
     B, D = q.shape
-    same = q is k
-    q = _dense_rows(q)
-    k = q if same else _dense_rows(k)  # two equal sets take a fourth of the work
+    same = _same(q, k)
+    q = dense_rows(q)
+    k = q if same else dense_rows(k)
     rows = 2 * B if form == "nt_xent" else B
 
     def new(*shape: int) -> Tensor:
@@ -127,7 +145,7 @@ def contrast(
     dq, dk = new(*((B, D) if need_dq else (0,))), new(*((B, D) if need_dk else (0,)))
     dscale = new(1 if need_dscale else 0)
     anchors = B if form == "one_way" else 2 * B
-    workspace = new(_floats(q, k, form, need_dq, need_dk, need_dscale))
+    workspace = new(_floats(q, form, same, (need_dq, need_dk, need_dscale)))
     with _on(q) as stream:
         torch.ops.clae_fast_C.contrast_cuda.default(
             q, k, scale, scale_tensor, reciprocal, _FORMS[form], normalize,
@@ -152,11 +170,11 @@ def sign_step_refusal(
         return f"it runs on an NVIDIA GPU, x is on {x.device}"
     if x.dtype not in _DTYPES:
         return f"it knows float32, bfloat16 and float16, x is {x.dtype}"
-    if memory_format(x) is None:
-        return "x is neither contiguous nor channels_last"
-    if not all(t is None or per_channel(t, x) for t in tensors):
-        return "step, eps and bounds may vary per channel only"
-    return None
+    if reason := _unusable(_index(x)):
+        return reason
+    if any(t.device != x.device for t in (grad, x0, *(t for t in tensors if t is not None))):
+        return f"everything must be on {x.device} as x is"
+    return layout_refusal(x, tensors)
 
 
 def sign_step(

@@ -95,12 +95,10 @@ GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
     },
     (8, "gradient", torch.float32): {MAX_WIDTH: Config(32, 32, 64, 8, 2)},
     **{
-        (10, "two-sided", dtype): {
-            128: Config(64, 64, 128, 8, 2),
-            MAX_WIDTH: Config(64, 64, 64, 8, 3),
-        }
+        (10, "two-sided", dtype): {128: Config(64, 64, 128, 8, 2)}  # wider rows: a sweep for each
         for dtype in HALF
     },
+    **{(10, "sums", dtype): _SUMS | {MAX_WIDTH: Config(128, 64, 64, 8, 3)} for dtype in HALF},
     (10, "two-sided", torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
     **{(10, "uel", dtype): {MAX_WIDTH: Config(64, 64, 128, 8, 2)} for dtype in HALF},
     **{
@@ -133,13 +131,19 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def config(kind: str, width: int, dtype: torch.dtype, capability: int) -> Config:
-    """The tile for one kind of sweep, no wider than it must be."""
+def tiles(kind: str, dtype: torch.dtype, capability: int) -> Table:
+    """The tiles for one kind of sweep on a generation of GPUs, by width."""
     generation = capability // 10
     for known in (kind, "gradient"):  # elementwise losses have their own where they must
         table = GENERATIONS.get((generation, known, dtype)) or CONFIGS.get((known, dtype))
         if table is not None:
-            break
+            return table
+    raise KeyError(kind)
+
+
+def config(kind: str, width: int, dtype: torch.dtype, capability: int) -> Config:
+    """The tile for one kind of sweep, no wider than it must be."""
+    table = tiles(kind, dtype, capability)
     chosen = _INTERPRETED if INTERPRETED else table[min(w for w in table if w >= width)]
     return chosen._replace(BD=min(chosen.BD, max(16, triton.next_power_of_2(width))))
 
@@ -220,8 +224,9 @@ class Pairs:
         self.wide = FUSED_WIDTH[q.dtype] < self.D
         # Whether rows and columns may share a sweep of the sums (two_sided.py), which counts strips
         # of rows by a root in float32.
+        shared = max(tiles("two-sided", q.dtype, capability(q.device))) >= self.D
         known = self.ways[0][0] == KNOWN.value
-        self.large = MANY <= self.N <= MOST and self.M <= MOST and known
+        self.large = MANY <= self.N <= MOST and self.M <= MOST and known and shared
         both = row_ids is not None and col_ids is not None
         self.ids = (vector(row_ids), vector(col_ids)) if both else (None, None)
         self.inverse = inverse

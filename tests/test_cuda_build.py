@@ -34,10 +34,11 @@ __global__ void __launch_bounds__(1024, 2) spills(float* x, int n) {
     [
         ("#error broken\n", "9.0", r"failed to build \(csrc/cuda/launch_\w+\.cu: .*broken"),
         (SPILLS, "9.0", r"failed to build \(csrc/cuda/launch_\w+\.cu: .*[Ss]pill"),
-        ("", "7.5", r"skipped: TORCH_CUDA_ARCH_LIST names '7.5', expected 8.0 or more"),
-        ("", "99.0", r"skipped: nvcc of \S+ knows none of 99.0"),
+        ("", "7.5", r"skipped: nothing in TORCH_CUDA_ARCH_LIST \(7.5\) is 8.0 or more and known"),
+        ("", "99.0;7.0", r"skipped: nothing in TORCH_CUDA_ARCH_LIST \(99.0;7.0\) is 8.0 or more"),
+        ("", "sm_90", r"skipped: TORCH_CUDA_ARCH_LIST has 'sm_90', expected numbers such as 8.0;9"),
     ],
-    ids=["error", "spill", "old", "unknown"],
+    ids=["error", "spill", "old", "unknown", "word"],
 )
 def test_cuda_that_does_not_compile(tree, text, archs, reason):
     """A spill is an error as a wrong word is."""
@@ -46,6 +47,41 @@ def test_cuda_that_does_not_compile(tree, text, archs, reason):
     built = setup(tree, TORCH_CUDA_ARCH_LIST=archs, CLAE_FAST_BUILD="cuda")
     assert built.returncode != 0
     assert re.search(f"CLAE_FAST_BUILD=cuda: CUDA {reason}", built.stderr)
+
+
+@needs_nvcc
+def test_architectures_as_pytorch_reads_them(tree):
+    """Names, features, PTX, older ones beside; kernels of nothing, as only the images count."""
+    for path in (tree / "csrc" / "cuda").glob("*.cu"):
+        path.write_text("__global__ void nothing() {}\n")
+    asked = "7.5 8.6;Hopper,9.0a"
+    built = setup(tree, TORCH_CUDA_ARCH_LIST=asked, CLAE_FAST_BUILD="cuda")
+    assert "CUDA failed" not in built.stderr  # linking fails: there is no launcher
+    library = next((tree / "build").rglob("launch_bf16.o"))
+    listed = subprocess.run(
+        [cuobjdump(), "-lelf", "-lptx", library], capture_output=True, text=True
+    ).stdout
+    images = set(re.findall(r"sm_\w+(?=\.cubin|\.ptx)", listed))
+    assert images == {"sm_86", "sm_90", "sm_90a"}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("broken", ["not executable", "fails", "wrong home"])
+def test_auto_goes_on_without_an_nvcc_that_works(broken, tree, tmp_path):
+    """The reason is nvcc's, and the C++ part is there."""
+    folder = tmp_path / "toolkit" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "nvcc").chmod(0o644 if broken == "not executable" else 0o755)
+    home = tmp_path / ("nowhere" if broken == "wrong home" else "toolkit")
+    (tmp_path / "toolkit" / "lib64").mkdir()
+    (tmp_path / "toolkit" / "lib64" / "libcudart_static.a").write_text("")
+    built = setup(tree, CUDA_HOME=str(home))
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert facts(tree)["parts"]["cpp"] == "ok"
+    reason = {"not executable": "nvcc does not run", "fails": "does not say which GPUs it knows",
+              "wrong home": "has no bin/nvcc"}[broken]  # fmt: skip
+    assert reason in facts(tree)["parts"]["cuda"]
 
 
 @needs_nvcc

@@ -21,10 +21,10 @@ FORMS = ["nt_xent", "one_way", "two_way"]
 ALL = {"need_dq": True, "need_dk": True, "need_dscale": True}
 
 
-def library(folder, source, name):
+def library(folder, source, name, *more):
     """A shared library of one file of csrc/tests, from this tree or a copy of it."""
     path = folder / f"lib{name}.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *more]
     file = source / "csrc" / "tests" / f"{name}.cpp"
     built = subprocess.run([*CXX.split(), *flags, file, "-o", path], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -101,6 +101,29 @@ def test_rows_that_are_not_ours(emulator, form, dtype):
     q, k = (q * 0.3).to(dtype), (k * 0.3).to(dtype)
     check(emulator, q, k, 1.0, form=form, normalize=False, **ALL)
     check(emulator, q, k, -2.0, form=form, normalize=False, **ALL)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exponents_far_above_what_float32_can_raise(emulator, form, dtype):
+    """Collapsed rows at a small temperature, and raw rows: the side that does not count is 0 times
+    e^s, which must stay 0."""
+    z = torch.randn(64)
+    q, k = (z + 0.2 * torch.randn(2, 70, 64)).to(dtype)
+    for scale in (100.0, 200.0):
+        check(emulator, q, k, scale, form=form, **ALL)
+        check(emulator, q, k, scale, form=form, need_dq=True)
+    check(emulator, q * 2, k * 2, 1.0, form=form, normalize=False, **ALL)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_of_the_scale_is_not_rounded(emulator, form):
+    """In collapsed batches what rounding G leaves would be a part of it."""
+    q, k = (torch.randn(64) + 0.1 * torch.randn(2, 64, 64)).bfloat16()
+    for scale in (14.3, 71.0):
+        got = emulator.contrast(q, k, scale, form=form, need_dscale=True)[6]
+        expected = specification(q.double(), k.double(), scale, form=form, need_dscale=True)[6]
+        assert error(got, expected) < 5e-3
 
 
 NEEDS = [(), ("need_dq",), ("need_dk",), ("need_dscale",), ("need_dq", "need_dk")]
@@ -217,15 +240,17 @@ def test_accumulators_that_truncate(emulator, dtype):
 # ------------------------------------------------------------------------------- planted bugs
 
 PLANTED = {
-    "no grid barrier": ("contrast_kernel.h", "sync_grid();", ";"),
+    "no grid barrier": (
+        "contrast_kernel.h", "    sync_grid();\n    if (rows_wanted", "    if (rows_wanted",
+    ),
     "no wait for a copy": ("contrast_kernel.h", "wait_copies<1>();\n    sync_block();", ";"),
     "no barrier before a slice is fetched over": (
         "contrast_kernel.h", "if (s + 2 < slices) {\n      sync_block();",
         "if (s + 2 < slices) {\n      ;",
     ),
     "no barrier between weights and product": (
-        "contrast_kernel.h", "kRows + col + 1));\n      }\n    }\n  }\n  sync_block();",
-        "kRows + col + 1));\n      }\n    }\n  }",
+        "contrast_kernel.h", "twice * g0, twice * g1);\n      }\n    }\n  }\n  sync_block();",
+        "twice * g0, twice * g1);\n      }\n    }\n  }",
     ),
     "no barrier in an exchange": (
         "contrast_kernel.h", "rows[m][half];\n      }\n    }\n  }\n  sync_block();",
@@ -242,10 +267,15 @@ PLANTED = {
         "carve<char>(cursor, L::weight_bytes - 16)",
     ),
     "a column's norm forgotten": (
-        "contrast_kernel.h", "return g * tile.inverse[col];", "return g;",
+        "contrast_kernel.h", "weight_at(tile, e.known, x0, row, k) * tile.inverse[k]",
+        "weight_at(tile, e.known, x0, row, k)",
     ),
-    "a ticket too early": ("contrast_kernel.h", "take_ticket(p.tickets + rows, p.chunks)",
-                           "take_ticket(p.tickets + rows, p.chunks - 1)"),
+    "a side that does not count at level 0": (
+        "contrast_kernel.h", "w.level : kInfinity", "w.level : 0.0f",
+    ),
+    "a ticket too early": ("contrast_kernel.h", "unsigned(block_count())", "unsigned(block_count() "
+                           "- 1)"),
+    "no second grid barrier": ("contrast_kernel.h", "if (p.gradient) sync_grid();", ""),
 }  # fmt: skip
 
 
@@ -258,12 +288,16 @@ def test_planted_bugs_are_caught(name, tmp_path):
     text = path.read_text()
     assert right in text, "the planted bug no longer fits the source"
     path.write_text(text.replace(right, wrong, 1))
-    broken = Emulator(library(tmp_path, tmp_path, "contrast_cuda"))
+    broken = Emulator(library(tmp_path, tmp_path, "contrast_cuda", "-DCLAE_ONE_TILE"))
     q, k = pair(100, 200, torch.bfloat16)  # two row blocks, two chunks, four slices
+    given = {"scale": 10.0}
+    if "level" in name:
+        q, k = (q[:1] + 0.2 * q).bfloat16(), (q[:1] + 0.2 * k).bfloat16()
+        given = {"scale": 200.0, "form": "one_way"}
     caught = []
     for schedule in SCHEDULES:
         try:
-            check(broken, q, k, 10.0, BN=128, schedule=schedule, **ALL)
+            check(broken, q, k, BN=128, schedule=schedule, **given, **ALL)
         except (RuntimeError, AssertionError) as reason:
             caught.append(f"{schedule}: {reason}".splitlines()[0])
     assert caught

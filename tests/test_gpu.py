@@ -13,6 +13,7 @@ from clae_fast import (
     clae_step,
     clip_loss,
     convert_dual_batchnorm,
+    cuda,
     info_nce_loss,
     nt_xent_loss,
     use_backend,
@@ -38,7 +39,8 @@ def _device():
 
 SHAPES = {
     "triton": [(64, 128), (1000, 100), (2048, 128), (4097, 256), (600, 768)],
-    "cuda": [(1, 8), (64, 128), (100, 100), (256, 256), (500, 64)],
+    # Tiles of 64, 128 and 256 columns on an H100.
+    "cuda": [(1, 8), (64, 128), (100, 100), (256, 256), (500, 64), (600, 128)],
 }
 CASES = [(backend, shape) for backend, shapes in SHAPES.items() for shape in shapes]
 
@@ -132,6 +134,33 @@ def test_graphed_attack(autocast, monkeypatch):
     assert graphed._recorded is not None  # and five replays
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0, 200.0])
+@pytest.mark.parametrize("form", ["nt_xent", "one_way", "two_way"])
+@pytest.mark.parametrize(
+    ("pairs", "dtype"),
+    [(64, torch.float32), (200, torch.float16), (300, torch.bfloat16), (1024, torch.bfloat16)],
+    ids=str,
+)
+def test_one_launch_against_float64(pairs, dtype, form, scale):
+    """Every tile, collapsed rows, both ways of finding the maximum, a scale the device reads."""
+    z = torch.randn(128)
+    q, k = (z + 0.3 * torch.randn(2, pairs if form == "nt_xent" else pairs // 2, 128)).to(dtype)
+    t = torch.tensor(scale)
+    needs = {"form": form, "need_dq": True, "need_dk": True, "need_dscale": True}
+    if cuda.contrast_refusal(q, k, None, 1.0, t, **needs):
+        assert pairs == 1024  # more than this GPU holds in one launch
+        return
+    got = raw.contrast(q, k, None, 1.0, t, **needs, backend="cuda")
+    expected = raw.contrast(
+        q.double(), k.double(), None, 1.0, t.double(), **needs, backend="reference"
+    )
+    plain = raw.contrast(q.float(), k.float(), None, 1.0, t, **needs, backend="reference")
+    limits = (GRADIENT[dtype],) * 5
+    for a, b, c, most in zip(got[:5], expected[:5], plain[:5], limits, strict=True):
+        if b.numel():
+            assert error(a, b) < max(most, 3 * error(c, b))
 
 
 def test_one_launch():

@@ -39,12 +39,17 @@ def make_loss(config: PretrainConfig, device: torch.device | str = "cpu") -> nn.
     """
     backend = None if config.backend == "auto" else config.backend
     try:
+        forced = requested(None)
+    except ValueError as error:
+        raise ConfigError("backend", config.backend, f"no other setting in its way: {error}") from (
+            error
+        )
+    try:
         loss = _LOSSES[config.method](temperature=config.loss_temperature, backend=backend)
         z = torch.eye(4, device=device)
         loss(z, z)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        forced = requested(None)
         value = config.backend
         if backend is None and forced != "auto":
             value = f"auto, which CLAE_FAST_BACKEND or use_backend makes {forced}"

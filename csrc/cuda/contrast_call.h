@@ -7,8 +7,9 @@ namespace clae_fast {
 namespace gpu {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 64;       // of a tile; its columns are the kernel's BN
-constexpr int kMaxWidth = 256;  // of the embeddings
+constexpr int kRows = 64;           // of a tile; its columns are the kernel's BN
+constexpr int kMaxWidth = 256;      // of the embeddings
+constexpr int kMaxPairs = 1 << 20;  // far beyond what any GPU holds at once
 
 enum Form { kNtXent = 0, kOneWay = 1, kTwoWay = 2 };
 enum ScaleType { kNoTensor = 0, kFloat = 1, kDouble = 2, kBFloat16 = 3, kHalf = 4 };
@@ -33,7 +34,7 @@ inline bool folds(const Call& call) {
 
 struct Extents {
   int sides, N, row_blocks, chunks;
-  int blocks() const { return sides * row_blocks * chunks; }
+  std::int64_t blocks() const { return std::int64_t(sides) * row_blocks * chunks; }
 };
 inline Extents extents_of(const Call& call, int BN) {
   Extents e;
@@ -46,7 +47,7 @@ inline Extents extents_of(const Call& call, int BN) {
 
 // Floats of the workspace, and where each part of it begins.
 struct Workspace {
-  std::int64_t sums, tops, cosine, alarm, slopes, loss, partial, tickets, floats;
+  std::int64_t sums, tops, cosine, alarm, dots, slopes, loss, partial, ticket, floats;
 };
 inline Workspace workspace_of(const Call& call, int BN) {
   const Extents e = extents_of(call, BN);
@@ -61,10 +62,11 @@ inline Workspace workspace_of(const Call& call, int BN) {
   take(w.tops, rows);
   take(w.cosine, call.B);
   take(w.alarm, call.B);
+  take(w.dots, call.dscale ? rows : 0);
   take(w.slopes, std::int64_t(e.sides) * e.N);
   take(w.loss, 2 * std::int64_t(call.B));
   take(w.partial, call.dq || call.dk || call.dscale ? rows * call.D : 0);
-  take(w.tickets, e.sides * e.row_blocks + 1);
+  take(w.ticket, 1);
   w.floats = at;
   return w;
 }

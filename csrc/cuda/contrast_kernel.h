@@ -7,13 +7,14 @@
 //
 // Work: 2 GEMMs and 1 exponential a pair (2 where the maximum is not known beforehand), for
 // one_way and two_way once for each side that is asked for. A block owns 64 rows and BN columns:
-// it keeps their e^s (or s) in registers across the one grid barrier, where the sums of rows are
+// it keeps their e^s (or s) in registers across a grid barrier, where the sums of rows are
 // exchanged, then makes G of them and multiplies. The raw rows are the operands of both products:
 // norms go into the exponent and into G, so that 16-bit inputs are exact in S.
 //
-// The last block of each 64 rows adds the gradients of its BN-column parts in their order, the last
-// of all the losses in theirs: the same bits every run. Saved: sums of (columns / BN) parts a row
-// and the parts of the gradient, in memory of the caller that needs no value beforehand.
+// Behind a second barrier the blocks of 64 rows share them, add the gradients of the BN-column
+// parts in their order, and go back through the normalisation; the last of all adds the losses in
+// theirs: the same bits every run. Saved: sums of (columns / BN) parts a row and the parts of the
+// gradient, in memory of the caller that needs no value beforehand.
 #pragma once
 #include "contrast_products.h"
 #include "contrast_rows.h"
@@ -117,6 +118,15 @@ CLAE_DEVICE void exchange(const float (&rows)[Scores<BN>::kM][2], float* parts) 
   sync_block();
 }
 
+// What the warps side by side exchanged, added up, to where all blocks find it.
+CLAE_DEVICE void store_row_sums(const Params& p, const Place3& at, const float* parts, float* to) {
+  const int row = at.row_block * kRows + thread_index();
+  if (thread_index() >= kRows || row >= p.N) return;
+  const float* part = parts + thread_index();
+  to[(std::int64_t(at.side) * p.chunks + at.chunk) * p.N + row] =
+      (part[0] + part[kRows]) + (part[2 * kRows] + part[3 * kRows]);
+}
+
 // The sums of exponentials of the tile's rows, to where all blocks find them. With the known
 // maximum the exponentials take the place of the exponents.
 template <int BN>
@@ -179,12 +189,7 @@ CLAE_DEVICE void sum_rows(const Params& p, const Place3& at, const Exponents& e,
     }
   }
   exchange<BN>(rows, tile.parts);
-  const int row = at.row_block * kRows + thread_index();
-  if (thread_index() < kRows && row < p.N) {
-    const float* part = tile.parts + thread_index();
-    p.sums[(std::int64_t(at.side) * p.chunks + at.chunk) * p.N + row] =
-        (part[0] + part[kRows]) + (part[2 * kRows] + part[3 * kRows]);
-  }
+  store_row_sums(p, at, tile.parts, p.sums);
 }
 
 // The weights of the tile's rows and columns, to shared memory; 0 where they do not count.
@@ -199,23 +204,56 @@ CLAE_DEVICE void load_weights(const Params& p, const Place3& at, const Exponents
     Weights w{};
     if (counts && i < p.N) w = weights_of(p, e, side, i);
     tile.weight[entry] = w.weight;
-    tile.level[entry] = w.level;
+    // 0 times e^(x - level) must be 0 whatever x is.
+    tile.level[entry] = counts && i < p.N ? w.level : kInfinity;
   }
   sync_block();
 }
 
-// An element of G with the norm of its column: x is e^(s - zero) where the maximum is known, else
-// the exponent.
+// An element of G: x is e^(s - zero) where the maximum is known, else the exponent.
 template <int BN>
 CLAE_DEVICE float weight_at(const Tile<BN>& tile, bool known, float x, int row, int col) {
   const float by_row = tile.weight[row], by_col = tile.weight[col];
-  const float g =
-      known ? x * (by_row + by_col)
-            : by_row * exp2_approx(x - tile.level[row]) + by_col * exp2_approx(x - tile.level[col]);
-  return g * tile.inverse[col];
+  return known ? x * (by_row + by_col)
+               : by_row * exp2_approx(x - tile.level[row]) +
+                     by_col * exp2_approx(x - tile.level[col]);
 }
 
-// G to shared memory.
+// G times the exponent of its element, in base 2; 0 of what was left out.
+CLAE_DEVICE float with_exponent(float g, float x, const Exponents& e) {
+  const float exponent = e.known ? log2_approx(x) + e.zero * kLog2e : x;
+  return x == (e.known ? 0.0f : -kInfinity) ? 0.0f : g * exponent;
+}
+
+// The sums of G s over the tile's columns, which the gradient of the scale is made of, to where the
+// rows are finished. A loop of its own: beside the one below there are no registers for it.
+template <int BN>
+CLAE_DEVICE void sum_dots(const Params& p, const Place3& at, const Exponents& e,
+                          const Tile<BN>& tile, const Scores<BN>& scores) {
+  using S = Scores<BN>;
+  float dots[S::kM][2];
+  CLAE_UNROLL
+  for (int m = 0; m < S::kM; ++m) {
+    CLAE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = S::row(m, 2 * half);
+      float dot = 0.0f;
+      CLAE_UNROLL
+      for (int n = 0; n < S::kN; ++n) {
+        CLAE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const float x = scores.s[m][n][2 * half + i];
+          dot += with_exponent(weight_at(tile, e.known, x, row, kRows + S::col(n, i)), x, e);
+        }
+      }
+      dots[m][half] = quad_sum(p.fold ? 2.0f * dot : dot);
+    }
+  }
+  exchange<BN>(dots, tile.parts);
+  store_row_sums(p, at, tile.parts, p.dots);
+}
+
+// G, with the norms of the columns, to shared memory.
 template <typename Format, int BN>
 CLAE_DEVICE void make_weights(const Params& p, const Exponents& e, const Tile<BN>& tile,
                               const Scores<BN>& scores) {
@@ -228,11 +266,11 @@ CLAE_DEVICE void make_weights(const Params& p, const Exponents& e, const Tile<BN
       const int row = S::row(m, 2 * half);
       CLAE_UNROLL
       for (int n = 0; n < S::kN; ++n) {
-        const int col = S::col(n, 0);
-        const float first = scores.s[m][n][2 * half], second = scores.s[m][n][2 * half + 1];
-        store_weights<Format, BN>(tile.weights, row, col,
-                                  twice * weight_at(tile, e.known, first, row, kRows + col),
-                                  twice * weight_at(tile, e.known, second, row, kRows + col + 1));
+        const int col = S::col(n, 0), k = kRows + col;
+        const float x0 = scores.s[m][n][2 * half], x1 = scores.s[m][n][2 * half + 1];
+        const float g0 = weight_at(tile, e.known, x0, row, k) * tile.inverse[k];
+        const float g1 = weight_at(tile, e.known, x1, row, k + 1) * tile.inverse[k + 1];
+        store_weights<Format, BN>(tile.weights, row, col, twice * g0, twice * g1);
       }
     }
   }
@@ -262,10 +300,17 @@ CLAE_DEVICE void weigh_rows(const Params& p, const Place3& at, const Tile<BN>& t
       CLAE_UNROLL
       for (int n = 0; n < P::kN; ++n) {
         CLAE_UNROLL
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < 4; c += 2) {
           const int row = at.row_block * kRows + P::row(m, c);
           const int d = s * width + P::element(n, c);
-          if (row < p.N && d < p.D) out[std::int64_t(row) * p.D + d] = products.c[m][n][c];
+          if (row >= p.N || d >= p.D) continue;
+          float* const to = out + std::int64_t(row) * p.D + d;
+          if (p.D % 2 == 0) {
+            *reinterpret_cast<Float2*>(to) = {products.c[m][n][c], products.c[m][n][c + 1]};
+          } else {
+            to[0] = products.c[m][n][c];
+            if (d + 1 < p.D) to[1] = products.c[m][n][c + 1];
+          }
         }
       }
     }
@@ -312,7 +357,7 @@ CLAE_DEVICE float block_sum(const float* numbers, int n, float* parts) {
 }
 
 template <typename Format, int BN>
-CLAE_KERNEL(kThreads, 1)
+CLAE_KERNEL(kThreads, BN <= 128 ? 2 : 1)
 contrast_kernel(CLAE_PARAMS(Params) p) {
   const Tile<BN> tile = carve_tile<Format, BN>();
   const Exponents e = exponents_of(p);
@@ -320,10 +365,7 @@ contrast_kernel(CLAE_PARAMS(Params) p) {
   at.chunk = block_index() % p.chunks;
   at.row_block = block_index() / p.chunks % p.row_blocks;
   at.side = block_index() / p.chunks / p.row_blocks;
-  // Before the barrier, which makes it known: the tickets are taken after it.
-  for (int i = thread_index(); block_index() == 0 && i <= p.sides * p.row_blocks; i += kThreads) {
-    p.tickets[i] = 0;
-  }
+  if (block_index() == 0 && thread_index() == 0) *p.ticket = 0;  // taken after a barrier
   {
     Scores<BN> scores;
     make_scores<Format, BN>(p, at, tile, scores);
@@ -332,19 +374,20 @@ contrast_kernel(CLAE_PARAMS(Params) p) {
     sync_grid();
     if (rows_wanted(p, at.side, at.row_block)) {
       load_weights<BN>(p, at, e, tile);
+      if (p.dscale != nullptr) sum_dots<BN>(p, at, e, tile, scores);
       make_weights<Format, BN>(p, e, tile, scores);
       weigh_rows<Format, BN>(p, at, tile);
     }
   }
-  const int rows = at.side * p.row_blocks + at.row_block;
-  if (!take_ticket(p.tickets + rows, p.chunks)) return;
+  if (p.gradient) sync_grid();
+  // The blocks of 64 rows share them: a last one alone would load for ten times as long.
   const float alarm = alarm_of(p);
-  for (int i = warp_index(); i < kRows; i += kThreads / kWarp) {
+  for (int i = at.chunk + p.chunks * warp_index(); i < kRows; i += p.chunks * kThreads / kWarp) {
     const int row = at.row_block * kRows + i;
     if (row < p.N) finish_row<Format>(p, e, at.side, row, alarm);
   }
   if (p.total == nullptr && p.dscale == nullptr) return;
-  if (!take_ticket(p.tickets + p.sides * p.row_blocks, p.sides * p.row_blocks)) return;
+  if (!take_ticket(p.ticket, unsigned(block_count()))) return;
   if (p.total != nullptr) {
     const int anchors = p.form == kOneWay ? p.B : 2 * p.B;
     const float total = block_sum(p.loss, anchors, tile.parts);

@@ -48,13 +48,14 @@ struct Params {
   float* dscale;
 
   // Between the blocks: nothing of it needs to be set before.
-  float* sums;        // (sides, chunks, N): of exponentials
-  float* tops;        // (sides, chunks, N): what they refer to, where it is not known beforehand
-  float* cosine;      // (B)
-  float* alarm;       // (B): NaN where a row holds NaN or Inf
-  float* partial;     // (sides, chunks, N, D): gradients before their scale
-  float* slopes;      // (sides, N): of the scale
-  unsigned* tickets;  // sides * row_blocks + 1
+  float* sums;     // (sides, chunks, N): of exponentials
+  float* tops;     // (sides, chunks, N): what they refer to, where it is not known beforehand
+  float* cosine;   // (B)
+  float* alarm;    // (B): NaN where a row holds NaN or Inf
+  float* partial;  // (sides, chunks, N, D): gradients before their scale
+  float* dots;     // (sides, chunks, N): sum_j G_ij s_ij, before G is rounded
+  float* slopes;   // (sides, N): of the scale
+  unsigned* ticket;
 };
 
 inline Params params_of(const Call& call, int BN) {
@@ -101,8 +102,9 @@ inline Params params_of(const Call& call, int BN) {
   p.cosine = base + w.cosine;
   p.alarm = base + w.alarm;
   p.partial = base + w.partial;
+  p.dots = base + w.dots;
   p.slopes = base + w.slopes;
-  p.tickets = reinterpret_cast<unsigned*>(base + w.tickets);
+  p.ticket = reinterpret_cast<unsigned*>(base + w.ticket);
   return p;
 }
 

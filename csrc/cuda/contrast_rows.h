@@ -126,6 +126,15 @@ CLAE_DEVICE void positives(const Params& p) {
   }
 }
 
+// The sum of a row's numbers, one a chunk, in their order.
+CLAE_DEVICE float sum_chunks(const Params& p, const float* numbers, int side, int row) {
+  const float* at = numbers + std::int64_t(side) * p.chunks * p.N + row;
+  float sum = 0.0f;
+  CLAE_UNROLL_BY(4)
+  for (int c = 0; c < p.chunks; ++c) sum += load_l2(at + std::int64_t(c) * p.N);
+  return sum;
+}
+
 // Of a row: log-sum-exp over its negatives, loss, 1 - p of its positive; and what its column or row
 // of G is made with: weight e^(s - level), or weight alone times e^(s - zero) where the maximum is
 // known (level is then unused).
@@ -138,9 +147,7 @@ CLAE_DEVICE Weights weights_of(const Params& p, const Exponents& e, int side, in
   const float twice = p.fold ? 2.0f : 1.0f;
   Weights w;
   if (e.known) {
-    float sum = 0.0f;
-    for (int c = 0; c < p.chunks; ++c) sum += load_l2(p.sums + first + std::int64_t(c) * p.N);
-    sum *= twice;
+    const float sum = twice * sum_chunks(p, p.sums, side, row);
     w.lse = sum == 0.0f ? -kInfinity : e.zero + logf(sum);
     w.level = 0.0f;
     // (1 - p) e^(zero - lse), with 1 - p = e^lse / (e^lse + e^positive)
@@ -170,6 +177,23 @@ CLAE_DEVICE Weights weights_of(const Params& p, const Exponents& e, int side, in
 CLAE_DEVICE bool rows_count(const Params& p, int side) { return p.form != kOneWay || side == 0; }
 CLAE_DEVICE bool cols_count(const Params& p, int side) { return p.form != kOneWay || side == 1; }
 
+// The parts of a row's gradient, in their order: as many loads as can be are on their way at once.
+CLAE_DEVICE Row sum_parts(const Params& p, int side, int row) {
+  const float* part = p.partial + (std::int64_t(side) * p.chunks * p.N + row) * p.D + lane_index();
+  const std::int64_t step = std::int64_t(p.N) * p.D;
+  Row u;
+  CLAE_UNROLL
+  for (int i = 0; i < kMaxWidth / kWarp; ++i) u.x[i] = 0.0f;
+  CLAE_UNROLL_BY(2)
+  for (int c = 0; c < p.chunks; ++c, part += step) {
+    CLAE_UNROLL
+    for (int i = 0; i < kMaxWidth / kWarp; ++i) {
+      if (lane_index() + kWarp * i < p.D) u.x[i] += load_l2(part + kWarp * i);
+    }
+  }
+  return u;
+}
+
 // What the rows of a set are called where their results go: a set is q or k.
 struct Place {
   int set, index;
@@ -198,20 +222,14 @@ CLAE_DEVICE void finish_row(const Params& p, const Exponents& e, int side, int r
   }
   if (!p.gradient) return;
 
-  Row u;
-  CLAE_UNROLL
-  for (int i = 0; i < kMaxWidth / kWarp; ++i) {
-    const int d = lane_index() + kWarp * i;
-    u.x[i] = 0.0f;
-    for (int c = 0; c < p.chunks && d < p.D; ++c) {
-      u.x[i] += load_l2(p.partial + ((std::int64_t(side) * p.chunks + c) * p.N + row) * p.D + d);
-    }
-  }
   const UnitRow mine = load_unit_row<Format>(p, row_of_pair(p, place.set, place.index));
   const UnitRow other = load_unit_row<Format>(p, row_of_pair(p, 1 - place.set, place.index));
+  const Row u = sum_parts(p, side, row);
   if (p.dscale != nullptr) {
     // Euler: t dL/dt is half of sum z dz over all rows, or the whole of it over one side.
-    const float euler = dot(mine.z, u);
+    // G is rounded where it meets rows, and u with it: where terms cancel, that would show.
+    const float exact = sum_chunks(p, p.dots, side, row) / (e.t * kLog2e);
+    const float euler = e.t == 0.0f ? dot(mine.z, u) : exact;
     const float cosine = load_l2(p.cosine + place.index);
     const bool half = p.form == kNtXent;
     const float slope = half ? 0.5f * euler - own.slope * cosine : euler - share * cosine;

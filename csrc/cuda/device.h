@@ -15,7 +15,9 @@
 // CLAE_KERNEL(threads of a block[, blocks of a multiprocessor]) name(CLAE_PARAMS(Params) p) {...}
 #define CLAE_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define CLAE_PARAMS(P) const __grid_constant__ P
+#define CLAE_PRAGMA(x) _Pragma(#x)
 #define CLAE_UNROLL _Pragma("unroll")
+#define CLAE_UNROLL_BY(n) CLAE_PRAGMA(unroll n)
 #define CLAE_ROLLED _Pragma("unroll 1")
 #else
 #include "emulated/runtime.h"
@@ -24,6 +26,7 @@
 #define CLAE_KERNEL(...) inline void
 #define CLAE_PARAMS(P) const P
 #define CLAE_UNROLL
+#define CLAE_UNROLL_BY(n)
 #define CLAE_ROLLED
 #endif
 

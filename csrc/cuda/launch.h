@@ -13,8 +13,10 @@ struct F32;
 // Of one input format; each is compiled in a file of its own.
 template <typename Format>
 struct Launcher {
-  // The columns of the smallest tile whose blocks are all resident on the device at once, as the
-  // barrier needs; 0 if there is none.
+  // Null if the kernels can run on the device, else what CUDA says.
+  static const char* unusable(int device);
+  // The columns of the tile to take: the smallest whose blocks have a multiprocessor each, else the
+  // smallest whose blocks are all resident at once, as the barrier needs; 0 if there is none.
   static int columns(const Call& call, int device);
   // Null, or what CUDA says. `device` is the current one.
   static const char* contrast(const Call& call, int device, void* stream);

@@ -11,13 +11,18 @@
 namespace clae_fast {
 namespace gpu {
 
-// How many blocks of a kernel a device holds at once; asked once for each device.
+// How many blocks of a kernel a device holds at once, and on how many multiprocessors.
+struct Room {
+  int blocks, processors;
+};
+
+// Asked once for each device; a failure, which may pass, is asked about again.
 template <typename Format, int BN>
-int resident_blocks(int device) {
+Room room_of(int device) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // plus one
-  if (device < 0 || device >= kDevices) return 0;
-  if (const int found = known[device]) return found - 1;
+  static std::atomic<std::uint64_t> known[kDevices];
+  if (device < 0 || device >= kDevices) return {0, 0};
+  if (const std::uint64_t found = known[device]) return {int(found >> 32), int(found & 0x7fffffff)};
   constexpr int bytes = Layout<Format, BN>::bytes;
   const auto kernel = contrast_kernel<Format, BN>;
   int cooperative = 0, optin = 0, processors = 0, blocks = 0;
@@ -26,29 +31,40 @@ int resident_blocks(int device) {
       cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
           cudaSuccess &&
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  // A device that no image here is for fails in the second of these.
-  const bool fits = asked && cooperative && bytes <= optin &&
-                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         bytes) == cudaSuccess &&
-                    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads,
-                                                                  bytes) == cudaSuccess;
-  if (!fits) cudaGetLastError();  // not to be found by whoever asks next
-  const int resident = fits ? blocks * processors : 0;
-  known[device] = resident + 1;
-  return resident;
+  const bool small = asked && (!cooperative || bytes > optin);
+  if (asked && !small &&
+      (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
+           cudaSuccess ||
+       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes) !=
+           cudaSuccess)) {
+    cudaGetLastError();  // not to be found by whoever asks next
+    return {0, 0};
+  }
+  if (!asked) {
+    cudaGetLastError();
+    return {0, 0};
+  }
+  const int resident = blocks * processors;
+  known[device] = std::uint64_t(resident) << 32 | 1ull << 31 | std::uint64_t(processors);
+  return {resident, processors};
 }
 
 template <typename Format, int BN>
-bool serves(const Call& call, int device) {
-  return extents_of(call, BN).blocks() <= resident_blocks<Format, BN>(device);
+bool serves(const Call& call, int device, bool apart) {
+  const Room room = room_of<Format, BN>(device);
+  const int most = !apart                          ? room.blocks
+                   : room.blocks < room.processors ? room.blocks
+                                                   : room.processors;
+  return extents_of(call, BN).blocks() <= most;
 }
 
 template <typename Format, int BN>
 cudaError_t launch_contrast(const Call& call, cudaStream_t stream) {
   Params params = params_of(call, BN);
   void* arguments[] = {&params};
-  return cudaLaunchCooperativeKernel(contrast_kernel<Format, BN>, extents_of(call, BN).blocks(),
-                                     kThreads, arguments, Layout<Format, BN>::bytes, stream);
+  return cudaLaunchCooperativeKernel(contrast_kernel<Format, BN>,
+                                     unsigned(extents_of(call, BN).blocks()), kThreads, arguments,
+                                     Layout<Format, BN>::bytes, stream);
 }
 
 inline const char* said(cudaError_t error) {
@@ -62,12 +78,25 @@ template <typename Format>
 inline constexpr bool kWide = kWeightBytes<Format> == 2;
 
 template <typename Format>
+const char* Launcher<Format>::unusable(int device) {
+  int before = 0;
+  cudaFuncAttributes attributes;
+  const bool moved = cudaGetDevice(&before) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+  const char* error =
+      moved ? said(cudaFuncGetAttributes(&attributes, sign_step_kernel<Format>)) : nullptr;
+  if (moved) cudaSetDevice(before);
+  return moved ? error : "its device cannot be set";
+}
+
+template <typename Format>
 int Launcher<Format>::columns(const Call& call, int device) {
-  if (serves<Format, 64>(call, device)) return 64;
-  if (serves<Format, 128>(call, device)) return 128;
-  if (serves<Format, 256>(call, device)) return 256;
-  if constexpr (kWide<Format>) {
-    if (serves<Format, 512>(call, device)) return 512;
+  for (const bool apart : {true, false}) {
+    if (serves<Format, 64>(call, device, apart)) return 64;
+    if (serves<Format, 128>(call, device, apart)) return 128;
+    if (serves<Format, 256>(call, device, apart)) return 256;
+    if constexpr (kWide<Format>) {
+      if (serves<Format, 512>(call, device, apart)) return 512;
+    }
   }
   return 0;
 }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 
 #include "launch.h"
 
@@ -24,10 +25,15 @@ auto for_dtype(ScalarType dtype, const Do& run) {
   return run(Launcher<F32>());
 }
 
-int scale_type_of(const std::optional<Tensor>& scale) {
+bool on_gpu(const Tensor& t, const Tensor& like) {
+  return t.is_cuda() && t.get_device_index() == like.get_device_index();
+}
+
+int scale_type_of(const std::optional<Tensor>& scale, const Tensor& q) {
   if (!scale.has_value()) return kNoTensor;
   const ScalarType dtype = scale->scalar_type();
-  check(scale->is_cuda() && scale->numel() == 1, "contrast", "the scale is one number on the GPU");
+  check(on_gpu(*scale, q) && scale->numel() == 1, "contrast",
+        "the scale is one number on the GPU of q");
   if (dtype == ScalarType::Float) return kFloat;
   if (dtype == ScalarType::Double) return kDouble;
   if (dtype == ScalarType::BFloat16) return kBFloat16;
@@ -36,21 +42,20 @@ int scale_type_of(const std::optional<Tensor>& scale) {
 }
 
 // A result: null if it has no elements.
-float* result(const Tensor& t, std::int64_t elements, const char* name) {
+float* result(const Tensor& t, const Tensor& q, std::int64_t elements, const char* name) {
   if (t.numel() == 0) return nullptr;
-  check(t.is_cuda() && t.scalar_type() == ScalarType::Float && t.numel() == elements &&
+  check(on_gpu(t, q) && t.scalar_type() == ScalarType::Float && t.numel() == elements &&
             t.is_contiguous(),
         "contrast", name);
   return static_cast<float*>(t.mutable_data_ptr());
 }
 
 Call call_of(const Tensor& q, const Tensor& k, std::int64_t form, bool normalize) {
-  check(q.is_cuda() && k.is_cuda() && q.dim() == 2 && k.dim() == 2, "contrast",
+  check(q.is_cuda() && on_gpu(k, q) && q.dim() == 2 && k.dim() == 2, "contrast",
         "q and k are matrices on the GPU");
-  check(q.scalar_type() == k.scalar_type() && q.size(0) == k.size(0) && q.size(1) == k.size(1) &&
-            q.get_device_index() == k.get_device_index(),
+  check(q.scalar_type() == k.scalar_type() && q.size(0) == k.size(0) && q.size(1) == k.size(1),
         "contrast", "q and k are alike");
-  check(q.size(0) >= 1 && q.size(0) < (1 << 30) && q.size(1) >= 1 && q.size(1) <= kMaxWidth,
+  check(q.size(0) >= 1 && q.size(0) <= kMaxPairs && q.size(1) >= 1 && q.size(1) <= kMaxWidth,
         "contrast", "1 to 256 elements a row");
   check((q.stride(1) == 1 && k.stride(1) == 1) || q.size(1) == 1, "contrast",
         "elements of a row lie side by side");
@@ -68,17 +73,34 @@ Call call_of(const Tensor& q, const Tensor& k, std::int64_t form, bool normalize
   return call;
 }
 
-// Floats of workspace that a call of these needs; -1 if no tile fits the GPU.
-std::int64_t contrast_cuda_workspace(Tensor q, Tensor k, std::int64_t form, bool need_dq,
-                                     bool need_dk, bool need_dscale) {
-  Call call = call_of(q, k, form, true);
-  float some;  // only whether they are null is looked at
-  call.dq = need_dq ? &some : nullptr;
-  call.dk = need_dk ? &some : nullptr;
-  call.dscale = need_dscale ? &some : nullptr;
-  const int columns = for_dtype(
-      q.scalar_type(), [&](auto launcher) { return launcher.columns(call, q.get_device_index()); });
+// Floats of workspace that a call needs; -1 if no tile fits the GPU. dtype: 0 float32, 1 bfloat16,
+// 2 float16. `fold`: q and k are one.
+std::int64_t contrast_cuda_workspace(std::int64_t dtype, std::int64_t B, std::int64_t D,
+                                     std::int64_t form, bool fold, bool need_dq, bool need_dk,
+                                     bool need_dscale, std::int64_t device) {
+  check(B >= 1 && D >= 1, "contrast", "sizes of at least 1");
+  if (B > kMaxPairs || D > kMaxWidth) return -1;
+  float some[2];  // only whether pointers are null, and alike, is looked at
+  Call call{};
+  call.q = some;
+  call.k = fold ? some : some + 1;
+  call.B = int(B);
+  call.D = int(D);
+  call.form = int(form);
+  call.dq = need_dq ? some : nullptr;
+  call.dk = need_dk ? some : nullptr;
+  call.dscale = need_dscale ? some : nullptr;
+  const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  check(dtype >= 0 && dtype < 3, "contrast", "dtype 0, 1 or 2");
+  const int columns =
+      for_dtype(types[dtype], [&](auto launcher) { return launcher.columns(call, int(device)); });
   return columns == 0 ? -1 : workspace_of(call, columns).floats;
+}
+
+// Why the kernels cannot run on a device, as CUDA says it; empty if they can.
+std::string cuda_unusable(std::int64_t device) {
+  const char* error = Launcher<F32>::unusable(int(device));
+  return error == nullptr ? "" : error;
 }
 
 void contrast_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> scale_tensor,
@@ -90,18 +112,18 @@ void contrast_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> scale
   call.scale = float(scale);
   call.factor = float(factor);
   call.reciprocal = reciprocal;
-  call.scale_type = scale_type_of(scale_tensor);
+  call.scale_type = scale_type_of(scale_tensor, q);
   call.scale_tensor = scale_tensor.has_value() ? scale_tensor->const_data_ptr() : nullptr;
-  call.loss = result(loss, form == kTwoWay ? 2 * B : rows, "loss: (2B,), (B,) or (B, 2)");
-  call.total = result(total, 1, "total: one number");
-  call.lse_row = result(lse_row, rows, "lse_row: a number a row");
-  call.lse_col = result(lse_col, B, "lse_col: a number a column");
-  call.dq = result(dq, B * call.D, "dq: as q");
-  call.dk = result(dk, B * call.D, "dk: as k");
-  call.dscale = result(dscale, 1, "dscale: one number");
+  call.loss = result(loss, q, form == kTwoWay ? 2 * B : rows, "loss: (2B,), (B,) or (B, 2)");
+  call.total = result(total, q, 1, "total: one number");
+  call.lse_row = result(lse_row, q, rows, "lse_row: a number a row");
+  call.lse_col = result(lse_col, q, B, "lse_col: a number a column");
+  call.dq = result(dq, q, B * call.D, "dq: as q");
+  call.dk = result(dk, q, B * call.D, "dk: as k");
+  call.dscale = result(dscale, q, 1, "dscale: one number");
   check(call.lse_row != nullptr && (call.lse_col != nullptr) == (form == kTwoWay), "contrast",
         "log-sum-exps of rows, and of columns for two_way");
-  check(workspace.is_cuda() && workspace.scalar_type() == ScalarType::Float &&
+  check(on_gpu(workspace, q) && workspace.scalar_type() == ScalarType::Float &&
             workspace.is_contiguous(),
         "contrast", "workspace: float32 on the GPU");
   call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
@@ -115,10 +137,10 @@ void contrast_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> scale
 }
 
 // A number, or a tensor of one or of `channels` numbers.
-Size size_of(double number, const std::optional<Tensor>& tensor, std::int64_t channels,
-             const char* name) {
+Size size_of(double number, const std::optional<Tensor>& tensor, const Tensor& x,
+             std::int64_t channels, const char* name) {
   if (!tensor.has_value()) return {nullptr, float(number), 0};
-  check(tensor->is_cuda() && tensor->scalar_type() == ScalarType::Float &&
+  check(on_gpu(*tensor, x) && tensor->scalar_type() == ScalarType::Float &&
             tensor->is_contiguous() && (tensor->numel() == 1 || tensor->numel() == channels),
         "sign_step", name);
   return {static_cast<const float*>(tensor->const_data_ptr()), 0.0f, tensor->numel() == 1 ? 0 : 1};
@@ -131,7 +153,7 @@ void sign_step_cuda(Tensor x, Tensor grad, Tensor x0, Tensor out, double step, d
                     std::optional<Tensor> high_tensor, std::int64_t inner, std::int64_t channels,
                     std::int64_t stream) {
   for (const Tensor* t : {&grad, &x0, &out}) {
-    check(t->is_cuda() && t->scalar_type() == x.scalar_type() && t->numel() == x.numel(),
+    check(on_gpu(*t, x) && t->scalar_type() == x.scalar_type() && t->numel() == x.numel(),
           "sign_step", "grad, x0 and out are as x");
   }
   check(x.is_cuda() && inner >= 0 && channels >= 1 && channels <= 0x7fffffff &&
@@ -143,10 +165,10 @@ void sign_step_cuda(Tensor x, Tensor grad, Tensor x0, Tensor out, double step, d
   p.x0 = x0.const_data_ptr();
   p.out = out.mutable_data_ptr();
   p.n = std::uint64_t(x.numel());
-  p.step = size_of(step, step_tensor, channels, "step: one number, or one a channel");
-  p.eps = size_of(eps, eps_tensor, channels, "eps: one number, or one a channel");
-  p.low = size_of(low, low_tensor, channels, "low: one number, or one a channel");
-  p.high = size_of(high, high_tensor, channels, "high: one number, or one a channel");
+  p.step = size_of(step, step_tensor, x, channels, "step: one number, or one a channel");
+  p.eps = size_of(eps, eps_tensor, x, channels, "eps: one number, or one a channel");
+  p.low = size_of(low, low_tensor, x, channels, "low: one number, or one a channel");
+  p.high = size_of(high, high_tensor, x, channels, "high: one number, or one a channel");
   p.varies = inner > 0;
   p.inner = std::uint64_t(inner);
   p.channels = unsigned(channels);
@@ -161,8 +183,9 @@ void sign_step_cuda(Tensor x, Tensor grad, Tensor x0, Tensor out, double step, d
 
 STABLE_TORCH_LIBRARY_FRAGMENT(clae_fast_C, m) {
   m.def(
-      "contrast_cuda_workspace(Tensor q, Tensor k, int form, bool need_dq, bool need_dk, "
-      "bool need_dscale) -> int");
+      "contrast_cuda_workspace(int dtype, int B, int D, int form, bool fold, bool need_dq, "
+      "bool need_dk, bool need_dscale, int device) -> int");
+  m.def("cuda_unusable(int device) -> str");
   m.def(
       "contrast_cuda(Tensor q, Tensor k, float scale, Tensor? scale_tensor, bool reciprocal, "
       "int form, bool normalize, float factor, Tensor(a!) loss, Tensor(b!) total, "
@@ -174,8 +197,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clae_fast_C, m) {
       "Tensor? high_tensor, int inner, int channels, int stream) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(clae_fast_C, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(clae_fast_C, CompositeExplicitAutograd, m) {
   m.impl("contrast_cuda_workspace", TORCH_BOX(&contrast_cuda_workspace));
+  m.impl("cuda_unusable", TORCH_BOX(&cuda_unusable));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(clae_fast_C, CUDA, m) {
   m.impl("contrast_cuda", TORCH_BOX(&contrast_cuda));
   m.impl("sign_step_cuda", TORCH_BOX(&sign_step_cuda));
 }

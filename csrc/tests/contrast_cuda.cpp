@@ -17,12 +17,14 @@ static void launch(const Params& p, int blocks) {
 
 template <typename Format>
 static void launch_of(int BN, const Params& p, int blocks) {
+#if !defined(CLAE_ONE_TILE)  // compiled sooner, where a test needs no other
   if (BN == 64) return launch<Format, 64>(p, blocks);
-  if (BN == 128) return launch<Format, 128>(p, blocks);
   if (BN == 256) return launch<Format, 256>(p, blocks);
   if constexpr (kWeightBytes<Format> == 2) {
     if (BN == 512) return launch<Format, 512>(p, blocks);
   }
+#endif
+  if (BN == 128) return launch<Format, 128>(p, blocks);
   throw std::runtime_error("no kernel has " + std::to_string(BN) + " columns");
 }
 
@@ -58,9 +60,11 @@ extern "C" const char* contrast_emulated(const Call* call, const How* how) {
   try {
     const Params p = params_of(*call, how->BN);
     const int blocks = extents_of(*call, how->BN).blocks();
-    if (how->format == 0) launch_of<F32>(how->BN, p, blocks);
     if (how->format == 1) launch_of<Bf16>(how->BN, p, blocks);
+#if !defined(CLAE_ONE_TILE)
+    if (how->format == 0) launch_of<F32>(how->BN, p, blocks);
     if (how->format == 2) launch_of<F16>(how->BN, p, blocks);
+#endif
   } catch (const std::exception& e) {
     error = e.what();
     return error.c_str();
