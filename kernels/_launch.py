@@ -99,7 +99,10 @@ GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
         for dtype in HALF
     },
     **{(10, "sums", dtype): _SUMS | {MAX_WIDTH: Config(128, 64, 64, 8, 3)} for dtype in HALF},
-    (10, "two-sided", torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)},
+    **{
+        (10, kind, torch.float32): {MAX_WIDTH: Config(64, 64, 32, 8, 3)}
+        for kind in ("sums", "two-sided")
+    },
     **{(10, "uel", dtype): {MAX_WIDTH: Config(64, 64, 128, 8, 2)} for dtype in HALF},
     **{
         (10, kind, torch.bfloat16): {
@@ -108,7 +111,8 @@ GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
         }
         for kind in ("gradient", "elementwise")
     },
-    (10, "gradient", torch.float16): {
+    (10, "gradient", torch.float16): {MAX_WIDTH: Config(64, 32, 128, 8, 2)},
+    (10, "mean", torch.float16): {
         64: Config(64, 32, 64, 8, 2),
         128: Config(64, 64, 128, 8, 2),
         MAX_WIDTH: Config(64, 32, 128, 8, 2),
@@ -134,7 +138,7 @@ def capability(device: torch.device) -> int:
 def tiles(kind: str, dtype: torch.dtype, capability: int) -> Table:
     """The tiles for one kind of sweep on a generation of GPUs, by width."""
     generation = capability // 10
-    for known in (kind, "gradient"):  # elementwise losses have their own where they must
+    for known in (kind, "gradient"):  # others that make a gradient have their own where they must
         table = GENERATIONS.get((generation, known, dtype)) or CONFIGS.get((known, dtype))
         if table is not None:
             return table

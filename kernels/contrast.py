@@ -41,7 +41,7 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, width: int) -> "_Block":
         BD = max(16, triton.next_power_of_2(width))
-        return cls(max(1, min(16, 2048 // BD)), BD)
+        return cls(max(1, min(8, 2048 // BD)), BD)
 
 
 def contrast(

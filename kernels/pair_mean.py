@@ -123,7 +123,7 @@ def row_means(pairs: Pairs) -> tuple[Tensor, Tensor]:
         lse = pairs.new(pairs.N)
         row_sums(pairs, lse, pairs.ways)
         return lse, wide.row_gradient(pairs, (lse, torch.ones_like(lse)), (None, None))
-    config, N, D = pairs.config("gradient"), pairs.N, pairs.D
+    config, N, D = pairs.config("mean"), pairs.N, pairs.D
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)
     lse, o = pairs.new(N), pairs.new(N, D)

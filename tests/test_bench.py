@@ -84,7 +84,8 @@ def test_what_is_called_compiled_was_compiled(bench):
 import sys
 sys.path.insert(0, "bench")
 import conftest, torch
-config = type("Config", (), {"getoption": lambda self, name: None if name != "--device" else "cpu"})
+given = {"--device": "cpu", "--seconds": 5.0}
+config = type("Config", (), {"getoption": lambda self, name: given.get(name)})
 conftest.pytest_configure(config())
 from torch._dynamo.utils import counters
 import providers, gate, shapes
