@@ -52,7 +52,7 @@ KERNELS = {
     "pair_lse.combine", "two_sided._tiles", "two_sided._add_up", "pair_mean._mean",
     "pair_mean._combine", "pair_grad._grad", "pair_sigmoid._sigmoid", "pair_uel._sums",
     "pair_uel._margins", "pair_uel._losses", "pair_uel._close", "pair_uel._gradient",
-    "wide._sums", "wide._weights", "wide._close",
+    "wide._weights",
 }  # fmt: skip
 
 
