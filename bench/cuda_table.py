@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -27,9 +28,19 @@ from clae_fast.pretraining.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-sys.path.insert(0, str(ROOT / "tests"))
-from nvcc import cuda_root, cuobjdump  # noqa: E402
 
+
+def _toolkit() -> Any:
+    """tests/nvcc.py, which finds the toolkit for the tests too."""
+    spec = importlib.util.spec_from_file_location("nvcc", ROOT / "tests" / "nvcc.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc_tools = _toolkit()
 ROWS, THREADS = 64, 256  # of a block
 
 
@@ -86,14 +97,14 @@ def most_rows(target: Target, blocks: int, columns: int) -> int:
 def rows(source: Path, name: str, folder: Path, shared_of: Any) -> list[dict[str, Any]]:
     """The kernels of one file on one target."""
     target, cubin = TARGETS[name], folder / f"{source.stem}-{name}.cubin"
-    root = cuda_root()
+    root = nvcc_tools.cuda_root()
     assert root is not None
     nvcc = [root / "bin" / "nvcc", "-std=c++17", "-O3", f"-arch={name}", "-cubin", "-Xptxas", "-v"]
     said = subprocess.run([*nvcc, source, "-o", cubin], capture_output=True, text=True)
     if said.returncode:
         raise SystemExit(f"cuda_table.py: error: {said.stderr.strip()}")
     code = subprocess.run(
-        [str(cuobjdump()), "-sass", cubin], capture_output=True, text=True, check=True
+        [str(nvcc_tools.cuobjdump()), "-sass", cubin], capture_output=True, text=True, check=True
     ).stdout
     functions = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", code, re.S))
     found = []
@@ -158,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--results", type=Path, help="write the table as JSON")
     args = parser.parse_args(argv)
-    if cuda_root() is None:
+    if nvcc_tools.cuda_root() is None:
         print("cuda_table.py: error: expected nvcc on PATH or CUDA_HOME", file=sys.stderr)
         return 2
     if args.results is not None and (
@@ -174,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             table += found
             print(*map(line, found), sep="\n", flush=True)
     if args.results is not None:
-        root = cuda_root()
+        root = nvcc_tools.cuda_root()
         version = subprocess.run(
             [f"{root}/bin/nvcc", "--version"], capture_output=True, text=True
         ).stdout

@@ -55,7 +55,11 @@ def _index(x: Tensor) -> int:
 def _workspace(
     device: int, dtype: int, B: int, D: int, form: int, fold: bool, needs: tuple[bool, ...]
 ) -> int:
-    """Floats of workspace; -1 if no tile fits the GPU. Depends on nothing but these."""
+    """Floats of workspace; depends on nothing but these.
+
+    Raises:
+        _TooLarge: no tile fits the GPU, or it could not be asked.
+    """
     floats: int = torch.ops.clae_fast_C.contrast_cuda_workspace(
         dtype, B, D, form, fold, *needs, device
     )
@@ -190,7 +194,6 @@ def sign_step(
     """`reference.sign_step`, one pass over memory; tensors are read on the GPU."""
     order = memory_format(x)
     assert order is not None
-    same = x0 is x
     grad, x0 = (t.to(x.dtype).contiguous(memory_format=order) for t in (grad, x0))
     out = torch.empty_like(x)
     numbers = [step, eps, -math.inf if low is None else low, math.inf if high is None else high]
@@ -206,6 +209,6 @@ def sign_step(
         inner = spatial if order == torch.contiguous_format else 1
     with _on(x) as stream:
         torch.ops.clae_fast_C.sign_step_cuda.default(
-            x, grad, x if same else x0, out, *numbers, *sizes, inner, channels, stream
+            x, grad, x0, out, *numbers, *sizes, inner, channels, stream
         )
     return out

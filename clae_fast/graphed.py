@@ -10,6 +10,7 @@ from .backends import requested
 
 DEVICE = "cuda"  # of the tensors that a graph can be recorded from
 WARM_UP = 3  # attacks before the recording: libraries and compilers make their choices in them
+MOST_KINDS = 8  # of attacks that are counted at a time
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Gradient = Callable[[nn.Module, Tensor, Loss], Tensor]
@@ -74,6 +75,8 @@ class GraphedAttack:
         if self._recorded is not None and self._recorded[1] != _places(encoder, loss):
             self.reset()
         if self._recorded is None:
+            if len(self._attacks) > MOST_KINDS:  # a temperature that is never twice the same
+                self._attacks.clear()
             attacks = self._attacks.get(key, 0)
             self._attacks[key] = attacks + 1
             if attacks < WARM_UP or _synchronises(encoder):

@@ -136,6 +136,15 @@ def test_what_is_another_computation(recorder, change):
     assert recorder["replays"] == replays + 1
 
 
+def test_a_temperature_that_always_moves_leaves_nothing_behind(recorder):
+    encoder, attack, loss = network(), GraphedAttack(), NTXentLoss(0.5)
+    for x_i, x_j in batches([6] * 25):
+        loss.temperature *= 0.99
+        clae_step(encoder, x_i, x_j, loss=loss, attack=attack)
+    assert recorder["records"] == 0
+    assert len(attack._attacks) <= graphed.MOST_KINDS + 1
+
+
 def test_images_that_require_grad_leave_no_trace(recorder):
     encoder, attack = network(), GraphedAttack()
     recorder["encoders"].append(encoder)
