@@ -1,0 +1,26 @@
+"""The losses as functions: check the input, name the operator and its arguments, reduce.
+
+`B` pairs, `N` rows, `M` columns, `D` width; `cos(a, b) = <a, b> / (|a| |b|)`, or `<a, b>` with
+`normalize=False`. All losses accept float16, bfloat16, float32 and float64 embeddings; half
+precision is computed in float32, gives a float32 loss and gradients in its own dtype; those of a
+mean over many rows can underflow float16 (below 6e-8 they are 0): scale the loss before the
+backward as `torch.amp.GradScaler` does, or use `reduction="sum"`. Memory grows as N x D, never as
+N x M.
+"""
+
+from .clip import clip_loss
+from .info_nce import NEGATIVE_MODES, info_nce_loss
+from .nt_xent import nt_xent_loss
+from .plan import PLANS, Plan, add_bias
+from .uel import uel_loss
+
+__all__ = [
+    "NEGATIVE_MODES",
+    "PLANS",
+    "Plan",
+    "add_bias",
+    "clip_loss",
+    "info_nce_loss",
+    "nt_xent_loss",
+    "uel_loss",
+]

@@ -1,0 +1,74 @@
+"""The symmetric loss of CLIP."""
+
+from torch import Tensor
+
+from .. import validation as check
+from .plan import Plan, Scale, common, contrast, fused
+
+
+@fused
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str | None = None,
+) -> Plan:
+    r"""CLIP: images find their texts and texts their images.
+
+    With `s_ij = logit_scale <image_i, text_j> (+ logit_bias)`,
+
+        loss_i = (-s_ii + log sum_j e^{s_ij},  -s_ii + log sum_j e^{s_ji})
+
+    Args:
+        image_features: (B, D), usually normalised by the model.
+        text_features: (B, D), same dtype and device.
+        logit_scale: positive number or one-element float tensor: the scale itself, not its
+            logarithm; gets its gradient.
+        logit_bias: None, a number or a one-element tensor. It cancels in the softmax: its gradient
+            is zero, and exists.
+        reduction: "mean" over both directions of all rows, "sum", or "none" for (B, 2): images,
+            texts.
+        normalize: divide each row by its L2 norm first.
+        backend: None, or as in `use_backend`.
+
+    Returns:
+        The loss, 0-dim or (B, 2). A pair alone in its batch has loss 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+
+    Equivalent to::
+
+        s = logit_scale * image_features @ text_features.T
+        (F.cross_entropy(s, torch.arange(B)) + F.cross_entropy(s.T, torch.arange(B))) / 2
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+    ICML 2021, figure 3.
+
+    Example:
+        >>> x, y = torch.randn(8, 16), torch.randn(8, 16)
+        >>> clip_loss(x, y, 10.0, normalize=True, reduction="none").shape
+        torch.Size([8, 2])
+    """
+    check.embeddings("image_features", image_features, "text_features", text_features)
+    check.positive_scalar("logit_scale", logit_scale, image_features)
+    bias = None
+    if isinstance(logit_bias, Tensor):
+        check.one_element("logit_bias", logit_bias, image_features)
+        bias = logit_bias
+    elif logit_bias is not None:
+        check.number("logit_bias", logit_bias)
+    backend = common(reduction, normalize, backend)
+    scale: Scale
+    if isinstance(logit_scale, Tensor):
+        scale = (1.0, logit_scale, False)
+    else:
+        scale = (float(logit_scale), None, False)
+    options = ("two_way", normalize, reduction, backend)
+    return contrast(
+        image_features, text_features, None, scale, *options, slots=(0, 1, 3, None), bias=bias
+    )

@@ -1,0 +1,123 @@
+"""InfoNCE against the batch, a queue, or each query's own negatives."""
+
+from torch import Tensor
+
+from .. import autograd
+from .. import validation as check
+from ..numerics import (
+    alarm,
+    compute_dtype,
+    effective_scale,
+    full_precision,
+    log_sum_exp,
+    softplus,
+    unit_rows,
+)
+from .plan import Plan, common, contrast, fused, reciprocal_scale
+
+NEGATIVE_MODES = ("unpaired", "paired")
+
+
+@fused
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    negative_mode: str = "unpaired",
+    symmetric: bool = False,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Plan:
+    r"""InfoNCE: each query must find its own key among negatives.
+
+    With `s_ij = cos(query_i, key_j) / temperature` and the negatives J(i) of row i,
+
+        loss_i = -s_ii + log(e^{s_ii} + sum_{j in J(i)} e^{s_ij})
+
+    Args:
+        query: (N, D).
+        positive_key: (N, D); row i is the positive of query i.
+        negative_keys: None: the other rows of `positive_key` (CLAE's Plain). (M, D): a queue or
+            memory bank, shared by all queries (MoCo); the other positives are then no negatives.
+            (N, M, D) with `negative_mode="paired"`: each query's own.
+        temperature: positive number, or a one-element float tensor (see `nt_xent_loss`).
+        negative_mode: "unpaired" or "paired" (plain PyTorch, memory N x M x D as its input has).
+        symmetric: also let each key find its query, as CLIP does; without `negative_keys` only.
+        reduction: "mean" over all rows, "sum", or "none": (N,), or (N, 2) if symmetric (queries,
+            keys).
+        normalize: divide each row by its L2 norm first.
+        backend: None, or as in `use_backend` ("paired" is plain PyTorch whatever it says).
+
+    Returns:
+        The loss, 0-dim, (N,) or (N, 2). A row without negatives has loss 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+
+    Equivalent to (without negative_keys)::
+
+        s = F.normalize(query, dim=1) @ F.normalize(positive_key, dim=1).T / temperature
+        F.cross_entropy(s, torch.arange(N))
+
+    Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018,
+    equation 4; queue: He et al., "Momentum Contrast", CVPR 2020, equation 1.
+
+    Example:
+        >>> q, k, queue = torch.randn(8, 16), torch.randn(8, 16), torch.randn(64, 16)
+        >>> info_nce_loss(q, k, queue, temperature=0.07, reduction="none").shape
+        torch.Size([8])
+    """
+    check.embeddings("query", query, "positive_key", positive_key)
+    check.positive_scalar("temperature", temperature, query)
+    check.word("negative_mode", negative_mode, NEGATIVE_MODES)
+    check.flag("symmetric", symmetric)
+    backend = common(reduction, normalize, backend)
+    scale = reciprocal_scale(temperature)
+    if negative_keys is None:
+        if negative_mode == "paired":
+            raise ValueError('negative_mode="paired" needs negative_keys (N, M, D), got None')
+    elif symmetric:
+        raise ValueError(
+            "symmetric=True contrasts within the batch: negative_keys must be None, got "
+            f"{type(negative_keys).__name__}"
+        )
+    elif negative_mode == "unpaired":
+        check.embeddings("query", query, "negative_keys", negative_keys, same_rows=False)
+    else:
+        check.same_kind("query", query, "negative_keys", negative_keys)
+        N, D = query.shape
+        if negative_keys.dim() != 3 or negative_keys.shape[::2] != (N, D):
+            raise ValueError(
+                f'negative_keys must be ({N}, M, {D}) with negative_mode="paired", got '
+                f"{tuple(negative_keys.shape)}"
+            )
+        args = (query, positive_key, negative_keys, *scale, normalize, reduction)
+        return Plan(_paired_loss, args, reduction)
+    options = ("two_way" if symmetric else "one_way", normalize, reduction, backend)
+    return contrast(query, positive_key, negative_keys, scale, *options, slots=(0, 1, 2))
+
+
+@full_precision
+def _paired_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    reciprocal: bool,
+    normalize: bool,
+    reduction: str,
+) -> Tensor:
+    """InfoNCE with each query's own negatives: a batch of matrix-vector products, no sweep."""
+    dtype = compute_dtype(query.dtype)
+    q, k, n = (x.to(dtype) for x in (query, positive_key, negative_keys))
+    if normalize:
+        q, k, n = (unit_rows(x).z for x in (q, k, n))
+    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    s_pos = (q * k).sum(-1) * t
+    s_neg = (n @ q[:, :, None]).squeeze(-1) * t
+    rows = softplus(log_sum_exp(s_neg) - s_pos)
+    return autograd.reduce_rows(rows if normalize else rows + alarm(q, k, n), reduction)

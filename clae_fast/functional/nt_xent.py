@@ -1,0 +1,60 @@
+"""NT-Xent, the loss of SimCLR."""
+
+from torch import Tensor
+
+from .. import validation as check
+from .plan import Plan, common, contrast, fused, reciprocal_scale
+
+
+@fused
+def nt_xent_loss(
+    z_i: Tensor,
+    z_j: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Plan:
+    r"""NT-Xent, the loss of SimCLR: each view must find its twin among the 2B - 1 other rows.
+
+    With `z = [z_i; z_j]`, `s_rc = cos(z_r, z_c) / temperature` and the twin `r+` of row r,
+
+        loss_r = -s_{r,r+} + log sum_{c != r} e^{s_rc}
+
+    computed as `log(1 + e^(lse over the negatives - s_{r,r+}))`, which does not cancel.
+
+    Args:
+        z_i: (B, D) embeddings of the first views.
+        z_j: (B, D) embeddings of the second views, same dtype and device.
+        temperature: positive number, or a one-element float tensor, which gets its gradient if it
+            requires one; its value is not checked, as that would wait for a GPU (0 gives NaN).
+        reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
+        normalize: divide each row by its L2 norm first, in the same pass.
+        backend: None (the best there is), or as in `use_backend`.
+
+    Returns:
+        The loss, 0-dim or (2B,). A pair alone in its batch has nothing to contrast: loss 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+
+    Equivalent to::
+
+        z = F.normalize(torch.cat((z_i, z_j)), dim=1)
+        s = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+        F.cross_entropy(s, torch.arange(2 * B).roll(B))
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations",
+    ICML 2020, equation 1.
+
+    Example:
+        >>> z_i, z_j = torch.randn(8, 16), torch.randn(8, 16)
+        >>> float(nt_xent_loss(z_i, z_i)) < float(nt_xent_loss(z_i, z_j))
+        True
+    """
+    check.embeddings("z_i", z_i, "z_j", z_j)
+    check.positive_scalar("temperature", temperature, z_i)
+    backend = common(reduction, normalize, backend)
+    options = ("nt_xent", normalize, reduction, backend)
+    return contrast(z_i, z_j, None, reciprocal_scale(temperature), *options, slots=(0, 1))
