@@ -1,0 +1,64 @@
+"""The pair operators with a loss's scale and backend bound, over all keys there are.
+
+A loss that is glue over operators asks an object of this kind for its sweeps. Here the keys are
+those of this process; over a process group the same calls, with this process's share of the keys,
+reach the others' too (`distributed.py`).
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from .ops import raw
+
+
+class Sweeps(Protocol):
+    """`q` are this process's rows; `k`, `col_*` its share of the columns. `skip` and its offset
+    relate them; other processes' columns are only left out where ids are equal."""
+
+    def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        """`reference.pair_lse` over all columns."""
+
+    def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
+        """`reference.pair_mean` over all columns."""
+
+    def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        """`reference.pair_grad` over all columns."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over all processes."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks; they may differ in number."""
+
+
+class Local(NamedTuple):
+    """Sweeps over this process's keys alone."""
+
+    scale: float
+    scale_tensor: Tensor | None
+    reciprocal: bool
+    backend: str
+
+    def _scale(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "scale_tensor": self.scale_tensor,
+            "reciprocal": self.reciprocal,
+            "backend": self.backend,
+        }
+
+    def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        return raw.pair_lse.default(q, k, **self._scale(), **rules)
+
+    def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
+        return raw.pair_mean.default(q, k, **self._scale(), **rules)
+
+    def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        return raw.pair_grad.default(q, k, **self._scale(), **rules)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
