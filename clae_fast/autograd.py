@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from . import reference
 from .contrast_grad import contrast_grad
+from .group_autograd import reduce_over_group, shared
 from .numerics import as_given, compute_dtype, effective_scale, full_precision, to_raw, unit_rows
 from .ops import call, raw
 
@@ -31,6 +32,8 @@ class ContrastOptions(NamedTuple):
     normalize: bool
     reduction: str
     backend: str
+    group: str = ""
+    exchange: str = "auto"
 
 
 class UELOptions(NamedTuple):
@@ -42,6 +45,8 @@ class UELOptions(NamedTuple):
     negative_weight: float
     reduction: str
     backend: str
+    group: str = ""
+    exchange: str = "auto"
 
 
 def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
@@ -78,14 +83,15 @@ def _refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
         if any(level.key() in kinds for level in functorch.get_interpreter_stack() or ()):
             raise RuntimeError(
                 "derivatives of torch.func are not supported by the fused losses: use "
-                'clae_fast.value_and_grad, or backend="reference", which supports them'
+                'clae_fast.value_and_grad, or backend="reference" without a group, which supports '
+                "them"
             )
     elif forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
         raise RuntimeError(
             "forward-mode derivatives are not supported by the fused losses: use "
-            'backend="reference", which supports them'
+            'backend="reference" without a group, which supports them'
         )
 
 
@@ -105,7 +111,7 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
             "double backward through a fused loss is not supported: use "
-            'backend="reference", which supports it'
+            'backend="reference" without a group, which supports it'
         )
 
 
@@ -128,6 +134,11 @@ def _contrast(
     o: ContrastOptions,
 ) -> Any:
     """The reduced loss, the log-sum-exps, and the gradients."""
+    if o.group:
+        return call(
+            "group_contrast", q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form,
+            o.normalize, *need, o.reduction, o.group, o.exchange, backend=o.backend,
+        )  # fmt: skip
     return call(
         "contrast", q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
         *need, o.reduction, backend=o.backend,
@@ -187,12 +198,18 @@ class _Contrast(torch.autograd.Function):
             grads: Sequence[Tensor | None]
             if o.reduction == "none":
                 lse_row, lse_col = saved[4:]
-                # By the dispatcher: upstream weights may come in batches that only it sees.
-                sweep = functools.partial(raw.pair_grad.default, backend=o.backend)
-                grads = contrast_grad(
+                told = (
                     q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
-                    lse_row, lse_col, g, need, sweep,
+                    lse_row, lse_col, g,
                 )  # fmt: skip
+                # By the dispatcher: upstream weights may come in batches that only it sees.
+                if o.group:
+                    grads = raw.group_contrast_grad.default(
+                        *told, *need, o.group, o.exchange, backend=o.backend
+                    )
+                else:
+                    sweep = functools.partial(raw.pair_grad.default, backend=o.backend)
+                    grads = contrast_grad(*told, need, sweep)
             else:
                 scaled = iter([x * g for x in saved[4:]])
                 grads = [next(scaled) if n else None for n in need]
@@ -209,7 +226,7 @@ def contrast_loss(
     options: ContrastOptions,
 ) -> Tensor:
     """The losses of `reference.contrast`, reduced; differentiable."""
-    if options.backend == "reference":
+    if options.backend == "reference" and not options.group:
         scale = (options.scale, scale_tensor, options.reciprocal)
         rows = reference.contrast(q, k, negatives, *scale, options.form, options.normalize).loss
         return reduce_rows(rows, options.reduction)
@@ -246,7 +263,13 @@ def _uel_rows(
     """
     dtype = compute_dtype(z_i.dtype)
     unit = (unit_rows if o.normalize else as_given)(torch.cat((z_i, z_j)).to(dtype))
-    rows, dq = call(
+    if o.group:
+        rows, dq = call(
+            "group_uel", unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal, need,
+            o.group, o.exchange, backend=o.backend,
+        )  # fmt: skip
+    else:
+        rows, dq = call(
         "pair_uel", unit.z, unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal,
         need_dq=need, backend=o.backend,
     )  # fmt: skip
@@ -299,7 +322,15 @@ class _UEL(torch.autograd.Function):
 
 def uel_loss(z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions) -> Tensor:
     """`reference.pair_uel` on the stacked views, reduced; differentiable."""
-    if options.backend == "reference":
+    if options.group:
+        scale_tensor = shared(scale_tensor, options.group)
+        rows = _uel_loss(z_i, z_j, scale_tensor, options._replace(reduction="none"))
+        return reduce_over_group(rows, options.reduction, options.group)
+    return _uel_loss(z_i, z_j, scale_tensor, options)
+
+
+def _uel_loss(z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions) -> Tensor:
+    if options.backend == "reference" and not options.group:
         z = torch.cat((z_i, z_j)).to(compute_dtype(z_i.dtype))
         z = unit_rows(z).z if options.normalize else z
         scale = (options.scale, options.negative_weight, scale_tensor, options.reciprocal)

@@ -6,11 +6,13 @@ The specification of the fused operator uses it with its own sweeps, the backwar
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .numerics import (
+    Unit,
     as_given,
     compute_dtype,
     cosine,
@@ -19,6 +21,25 @@ from .numerics import (
     to_raw,
     unit_rows,
 )
+
+
+class Operands(NamedTuple):
+    """The rows of a contrast as its sweeps take them."""
+
+    q: Unit
+    k: Unit
+    negatives: Unit | None
+    stacked: Tensor | None  # of nt_xent: [q; k]
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, negatives: Tensor | None, form: str, normalize: bool
+    ) -> "Operands":
+        dtype = compute_dtype(q.dtype)
+        rows = unit_rows if normalize else as_given
+        uq, uk = rows(q.to(dtype)), rows(k.to(dtype))
+        un = None if negatives is None else rows(negatives.to(dtype))
+        return cls(uq, uk, un, torch.cat((uq.z, uk.z)) if form == "nt_xent" else None)
 
 
 @full_precision
@@ -36,6 +57,9 @@ def contrast_grad(
     weight: Tensor,
     need: Sequence[bool],
     pair_grad: Callable[..., Tensor],
+    rows: Operands | None = None,
+    mean: Tensor | None = None,
+    halves: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `sum(weight * contrast(...).loss)` from the saved log-sum-exps.
 
@@ -44,28 +68,32 @@ def contrast_grad(
     positive: the Jacobian drops it, and `z+ - z` of an aligned pair keeps its digits.
 
     `need` names the wanted ones of (dq, dk, dnegatives, dscale); `pair_grad` does the sweeps.
+    `rows`: the operands, where they are known already; `mean`: the mean of each query's negatives
+    (`pair_mean`), which saves one_way a sweep. `halves`: both views of nt_xent sweep apart, which
+    gives the same bits whether or not the other half is wanted.
     """
     need_dq, need_dk, need_dnegatives, need_dscale = need
     dtype = compute_dtype(q.dtype)
     t = effective_scale(scale, scale_tensor, reciprocal, dtype)
-    rows = unit_rows if normalize else as_given
-    uq, uk = rows(q.to(dtype)), rows(k.to(dtype))
-    un = None if negatives is None else rows(negatives.to(dtype))
+    uq, uk, un, stacked = rows or Operands.of(q, k, negatives, form, normalize)
     cos = cosine(uq, uk)
     sweep = functools.partial(
         pair_grad, scale=scale, scale_tensor=scale_tensor, reciprocal=reciprocal
     )
     gq = gk = gn = euler = q.new_empty(0, dtype=dtype)  # gradients through the negatives alone
     if form == "nt_xent":
-        B = q.shape[0]
-        z = torch.cat((uq.z, uk.z))
+        B, z = q.shape[0], stacked
         r = weight * torch.sigmoid(lse_row - torch.cat((cos, cos)) * t)
         r_pos = r[:B] + r[B:]
         columns = {"col_lse": lse_row, "col_weight": r}
-        # One half at a time: the same bits whether or not the other half is wanted.
-        if need_dq or need_dscale:
+        by_row = {"row_lse": lse_row, "row_weight": r}
+        want_q, want_k = need_dq or need_dscale, need_dk or need_dscale
+        if want_q and want_k and not halves:
+            both = sweep(z, z, skip="twins", **by_row, **columns)
+            gq, gk = both[:B], both[B:]
+        elif want_q:
             gq = sweep(uq.z, z, skip="twins", row_lse=lse_row[:B], row_weight=r[:B], **columns)
-        if need_dk or need_dscale:
+        if want_k and (halves or not want_q):
             gk = sweep(
                 uk.z, z, skip="twins", offset=B, row_lse=lse_row[B:], row_weight=r[B:], **columns
             )
@@ -75,7 +103,9 @@ def contrast_grad(
         r = r_pos = weight * torch.sigmoid(lse_row - cos * t)
         keys, skip = (uk, "diagonal") if un is None else (un, "none")
         columns = {"col_lse": lse_row, "col_weight": r}
-        if need_dq or need_dscale:
+        if (need_dq or need_dscale) and mean is not None:
+            gq = (r * t)[:, None] * mean
+        elif need_dq or need_dscale:
             gq = sweep(uq.z, keys.z, skip=skip, row_lse=lse_row, row_weight=r)
         if need_dk:  # beside explicit negatives, a key meets its positive alone
             gk = sweep(uk.z, uq.z, skip=skip, **columns) if un is None else torch.zeros_like(uk.z)

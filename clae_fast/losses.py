@@ -8,19 +8,27 @@ from torch import Tensor, nn
 from . import functional
 from . import validation as check
 from .backends import requested
+from .exchange import MODES
+from .process_group import name_of
 
 
 class ContrastiveLoss(nn.Module):
     """What the modules share. A subclass names its function and its options."""
 
     function: ClassVar[Callable[..., Tensor]]
-    options: ClassVar[tuple[str, ...]] = ("reduction", "normalize", "backend")
+    options: ClassVar[tuple[str, ...]] = ("reduction", "normalize", "backend", "group", "exchange")
 
-    def __init__(self, reduction: str, normalize: bool, backend: str | None) -> None:
+    def __init__(
+        self, reduction: str, normalize: bool, backend: str | None, group: Any, exchange: str
+    ) -> None:
         super().__init__()
         check.word("reduction", reduction, check.REDUCTIONS)
         check.flag("normalize", normalize)
+        check.word("exchange", exchange, MODES)
         requested(backend)
+        name_of(group)
+        self.group = group
+        self.exchange = exchange
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend
@@ -30,7 +38,10 @@ class ContrastiveLoss(nn.Module):
         return {name: getattr(self, name) for name in self.options}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.keywords().items() if v is not None)
+        shown = {k: v for k, v in self.keywords().items() if v is not None}
+        if self.group is None:
+            del shown["exchange"]
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())
 
     def _set_temperature(self, temperature: float | Tensor) -> None:
         """A Parameter learns, a plain tensor moves with the module, a number is a constant."""
@@ -50,7 +61,7 @@ class NTXentLoss(ContrastiveLoss):
 
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
-        reduction, normalize, backend: as in `nt_xent_loss`.
+        reduction, normalize, backend, group, exchange: as in `nt_xent_loss`.
 
     Example:
         >>> loss = NTXentLoss(temperature=nn.Parameter(torch.tensor(0.5)))
@@ -69,8 +80,10 @@ class NTXentLoss(ContrastiveLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
     ) -> None:
-        super().__init__(reduction, normalize, backend)
+        super().__init__(reduction, normalize, backend, group, exchange)
         self._set_temperature(temperature)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -82,7 +95,8 @@ class InfoNCELoss(ContrastiveLoss):
 
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
-        negative_mode, symmetric, reduction, normalize, backend: as in `info_nce_loss`.
+        negative_mode, symmetric, reduction, normalize, backend, group, exchange: as in
+            `info_nce_loss`.
 
     Example:
         >>> InfoNCELoss(0.07)(torch.randn(4, 8), torch.randn(4, 8), torch.randn(32, 8)).shape
@@ -101,8 +115,10 @@ class InfoNCELoss(ContrastiveLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
     ) -> None:
-        super().__init__(reduction, normalize, backend)
+        super().__init__(reduction, normalize, backend, group, exchange)
         check.word("negative_mode", negative_mode, functional.NEGATIVE_MODES)
         check.flag("symmetric", symmetric)
         self._set_temperature(temperature)
@@ -120,7 +136,7 @@ class UELLoss(ContrastiveLoss):
 
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
-        negative_weight, reduction, normalize, backend: as in `uel_loss`.
+        negative_weight, reduction, normalize, backend, group, exchange: as in `uel_loss`.
 
     Example:
         >>> UELLoss()(torch.randn(4, 8), torch.randn(4, 8)).shape
@@ -138,8 +154,10 @@ class UELLoss(ContrastiveLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
     ) -> None:
-        super().__init__(reduction, normalize, backend)
+        super().__init__(reduction, normalize, backend, group, exchange)
         check.number("negative_weight", negative_weight, at_least=1)
         self._set_temperature(temperature)
         self.negative_weight = negative_weight
@@ -152,7 +170,7 @@ class ClipLoss(ContrastiveLoss):
     """`clip_loss` as a module: `ClipLoss()(image_features, text_features, logit_scale[, bias])`.
 
     Args:
-        reduction, normalize, backend: as in `clip_loss`.
+        reduction, normalize, backend, group, exchange: as in `clip_loss`.
 
     Example:
         >>> x, y, scale = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(10.0)
@@ -163,9 +181,15 @@ class ClipLoss(ContrastiveLoss):
     function = staticmethod(functional.clip_loss)
 
     def __init__(
-        self, *, reduction: str = "mean", normalize: bool = False, backend: str | None = None
+        self,
+        *,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
     ) -> None:
-        super().__init__(reduction, normalize, backend)
+        super().__init__(reduction, normalize, backend, group, exchange)
 
     def forward(
         self,

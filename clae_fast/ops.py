@@ -17,15 +17,15 @@ from .backends import choose
 from .numerics import compute_dtype
 
 NAMESPACE = "clae_fast"
-_SCALE = "float scale, Tensor? scale_tensor=None, bool reciprocal=False"
+SCALE = "float scale, Tensor? scale_tensor=None, bool reciprocal=False"
 _SKIP = 'str skip="none", int offset=0'
 _IDS = "Tensor? row_ids=None, Tensor? col_ids=None"
 SCHEMAS = {
-    "pair_lse": f"(Tensor q, Tensor k, {_SCALE}, {_SKIP}, {_IDS}, *, str backend='auto') -> Tensor",
-    "pair_grad": f"(Tensor q, Tensor k, {_SCALE}, {_SKIP}, Tensor? row_lse=None, "
+    "pair_lse": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, {_IDS}, *, str backend='auto') -> Tensor",
+    "pair_grad": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, Tensor? row_lse=None, "
     "Tensor? row_weight=None, Tensor? col_lse=None, Tensor? col_weight=None, "
     f"{_IDS}, *, str backend='auto') -> Tensor",
-    "pair_mean": f"(Tensor q, Tensor k, {_SCALE}, {_SKIP}, {_IDS}, *, str backend='auto')"
+    "pair_mean": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, {_IDS}, *, str backend='auto')"
     " -> (Tensor, Tensor)",
     "pair_sigmoid": "(Tensor q, Tensor k, float scale, float bias, Tensor? scale_tensor=None, "
     "bool reciprocal=False, Tensor? bias_tensor=None, Tensor? row_weight=None, "
@@ -34,7 +34,7 @@ SCHEMAS = {
     "pair_uel": "(Tensor q, Tensor k, float scale, float negative_weight, "
     "Tensor? scale_tensor=None, bool reciprocal=False, Tensor? row_weight=None, "
     f"{_IDS}, bool need_dq=False, *, str backend='auto') -> (Tensor, Tensor)",
-    "contrast": f"(Tensor q, Tensor k, Tensor? negatives, {_SCALE}, str form='nt_xent', "
+    "contrast": f"(Tensor q, Tensor k, Tensor? negatives, {SCALE}, str form='nt_xent', "
     "bool normalize=True, bool need_dq=False, bool need_dk=False, bool need_dnegatives=False, "
     "bool need_dscale=False, str reduction='none', *, str backend='auto')"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -75,7 +75,7 @@ def _asked(x: Tensor, need: bool) -> Tensor:
     return _like(x, *x.shape) if need else _like(x, 0)
 
 
-def _fake_contrast(a: Any) -> tuple[Tensor, ...]:
+def fake_contrast(a: Any) -> tuple[Tensor, ...]:
     B = a.q.shape[0]
     rows = {"nt_xent": (2 * B,), "one_way": (B,), "two_way": (B, 2)}[a.form]
     return (
@@ -100,19 +100,26 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "pair_mean": lambda a: (_like(a.q, a.q.shape[0]), _like(a.q, *a.q.shape)),
     "pair_sigmoid": _fake_pair_sigmoid,
     "pair_uel": lambda a: (_like(a.q, a.q.shape[0]), _asked(a.q, a.need_dq)),
-    "contrast": _fake_contrast,
+    "contrast": fake_contrast,
     "sign_step": lambda a: torch.empty_like(a.x),
 }
 
-_KERNELS = {op: _implementation(op) for op in SCHEMAS}
+_KERNELS: dict[str, Callable[..., Any]] = {}
+_OPERATORS: dict[str, Callable[..., Any]] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _op, _schema in SCHEMAS.items():
-    _library.define(_op + _schema.replace("'", '"'))
-    _library.impl(_op, _KERNELS[_op], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake(_op), lib=_library)
-
 raw = getattr(torch.ops, NAMESPACE)
-_OPERATORS = {op: getattr(raw, op).default for op in SCHEMAS}
+
+
+def define(op: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an operator."""
+    _library.define(op + schema.replace("'", '"'))
+    _library.impl(op, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
+    _KERNELS[op], _OPERATORS[op] = kernel, getattr(raw, op).default
+
+
+for _op, _schema in SCHEMAS.items():
+    define(_op, _schema, _implementation(_op), _fake(_op))
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

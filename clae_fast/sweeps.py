@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from .ops import raw
+from .ops import call
 
 
 class Sweeps(Protocol):
@@ -49,13 +49,13 @@ class Local(NamedTuple):
         }
 
     def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
-        return raw.pair_lse.default(q, k, **self._scale(), **rules)
+        return call("pair_lse", q, k, **self._scale(), **rules)
 
     def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
-        return raw.pair_mean.default(q, k, **self._scale(), **rules)
+        return call("pair_mean", q, k, **self._scale(), **rules)
 
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
-        return raw.pair_grad.default(q, k, **self._scale(), **rules)
+        return call("pair_grad", q, k, **self._scale(), **rules)
 
     def total(self, x: Tensor) -> Tensor:
         return x

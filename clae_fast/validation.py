@@ -22,21 +22,26 @@ def float_tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
 
 
-def embeddings(first: str, x: Any, second: str, y: Any, same_rows: bool = True) -> None:
-    """Two float matrices of one width, dtype and device; `same_rows`: of one shape, not empty."""
-    matrix(first, x)
+def embeddings(
+    first: str, x: Any, second: str, y: Any, same_rows: bool = True, empty: bool = False
+) -> None:
+    """Two float matrices of one width, dtype and device; `same_rows`: of one shape; not empty.
+
+    `empty`: they may have no rows, as a rank's share of a batch may.
+    """
+    matrix(first, x, empty)
     same_kind(first, x, second, y)
     if y.dim() != 2 or (y.shape != x.shape if same_rows else y.shape[1] != x.shape[1]):
         expected = tuple(x.shape) if same_rows else f"(M, {x.shape[1]})"
         raise ValueError(f"{second} must be {expected} as {first} is, got {tuple(y.shape)}")
 
 
-def matrix(name: str, x: Any) -> None:
-    """A float matrix (N, D) with N, D >= 1."""
+def matrix(name: str, x: Any, empty: bool = False) -> None:
+    """A float matrix (N, D) with N, D >= 1; `empty`: N may be 0."""
     float_tensor(name, x)
     if x.dim() != 2:
         raise ValueError(f"{name} must be (N, D), got shape {tuple(x.shape)}")
-    if x.shape[0] == 0 or x.shape[1] == 0:
+    if (x.shape[0] == 0 and not empty) or x.shape[1] == 0:
         raise ValueError(f"{name} must hold at least one row and column, got {tuple(x.shape)}")
 
 

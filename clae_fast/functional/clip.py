@@ -1,5 +1,7 @@
 """The symmetric loss of CLIP."""
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import validation as check
@@ -16,6 +18,8 @@ def clip_loss(
     reduction: str = "mean",
     normalize: bool = False,
     backend: str | None = None,
+    group: Any = None,
+    exchange: str = "auto",
 ) -> Plan:
     r"""CLIP: images find their texts and texts their images.
 
@@ -34,6 +38,12 @@ def clip_loss(
             texts.
         normalize: divide each row by its L2 norm first.
         backend: None, or as in `use_backend`.
+        group: None: the batch is this process's. "world" or a torch.distributed ProcessGroup: it is
+            that of all ranks, each with its own rows, of any number. Every rank gets the mean or
+            sum of all rows and gradients whose average over the ranks (DDP's) is the whole
+            batch's; with "none" its own rows. All must call, and weight the result alike.
+        exchange: of keys between ranks: "gather" (all at once), "ring" (one rank's at a time: least
+            memory), or "auto", by size.
 
     Returns:
         The loss, 0-dim or (B, 2). A pair alone in its batch has loss 0.
@@ -54,7 +64,9 @@ def clip_loss(
         >>> clip_loss(x, y, 10.0, normalize=True, reduction="none").shape
         torch.Size([8, 2])
     """
-    check.embeddings("image_features", image_features, "text_features", text_features)
+    check.embeddings(
+        "image_features", image_features, "text_features", text_features, empty=group is not None
+    )
     check.positive_scalar("logit_scale", logit_scale, image_features)
     bias = None
     if isinstance(logit_bias, Tensor):
@@ -62,13 +74,13 @@ def clip_loss(
         bias = logit_bias
     elif logit_bias is not None:
         check.number("logit_bias", logit_bias)
-    backend = common(reduction, normalize, backend)
+    place = common(reduction, normalize, backend, group, exchange)
     scale: Scale
     if isinstance(logit_scale, Tensor):
         scale = (1.0, logit_scale, False)
     else:
         scale = (float(logit_scale), None, False)
-    options = ("two_way", normalize, reduction, backend)
+    options = ("two_way", normalize, reduction, *place)
     return contrast(
         image_features, text_features, None, scale, *options, slots=(0, 1, 3, None), bias=bias
     )

@@ -1,9 +1,12 @@
 """InfoNCE against the batch, a queue, or each query's own negatives."""
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import autograd
 from .. import validation as check
+from ..group_autograd import reduce_over_group, shared
 from ..numerics import (
     alarm,
     compute_dtype,
@@ -30,6 +33,8 @@ def info_nce_loss(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: Any = None,
+    exchange: str = "auto",
 ) -> Plan:
     r"""InfoNCE: each query must find its own key among negatives.
 
@@ -42,6 +47,7 @@ def info_nce_loss(
         positive_key: (N, D); row i is the positive of query i.
         negative_keys: None: the other rows of `positive_key` (CLAE's Plain). (M, D): a queue or
             memory bank, shared by all queries (MoCo); the other positives are then no negatives.
+            With a group, the same on every rank.
             (N, M, D) with `negative_mode="paired"`: each query's own.
         temperature: positive number, or a one-element float tensor (see `nt_xent_loss`).
         negative_mode: "unpaired" or "paired" (plain PyTorch, memory N x M x D as its input has).
@@ -50,6 +56,12 @@ def info_nce_loss(
             keys).
         normalize: divide each row by its L2 norm first.
         backend: None, or as in `use_backend` ("paired" is plain PyTorch whatever it says).
+        group: None: the batch is this process's. "world" or a torch.distributed ProcessGroup: it is
+            that of all ranks, each with its own rows, of any number. Every rank gets the mean or
+            sum of all rows and gradients whose average over the ranks (DDP's) is the whole
+            batch's; with "none" its own rows. All must call, and weight the result alike.
+        exchange: of keys between ranks: "gather" (all at once), "ring" (one rank's at a time: least
+            memory), or "auto", by size.
 
     Returns:
         The loss, 0-dim, (N,) or (N, 2). A row without negatives has loss 0.
@@ -70,11 +82,11 @@ def info_nce_loss(
         >>> info_nce_loss(q, k, queue, temperature=0.07, reduction="none").shape
         torch.Size([8])
     """
-    check.embeddings("query", query, "positive_key", positive_key)
+    check.embeddings("query", query, "positive_key", positive_key, empty=group is not None)
     check.positive_scalar("temperature", temperature, query)
     check.word("negative_mode", negative_mode, NEGATIVE_MODES)
     check.flag("symmetric", symmetric)
-    backend = common(reduction, normalize, backend)
+    place = common(reduction, normalize, backend, group, exchange)
     scale = reciprocal_scale(temperature)
     if negative_keys is None:
         if negative_mode == "paired":
@@ -85,7 +97,9 @@ def info_nce_loss(
             f"{type(negative_keys).__name__}"
         )
     elif negative_mode == "unpaired":
-        check.embeddings("query", query, "negative_keys", negative_keys, same_rows=False)
+        check.embeddings(
+            "query", query, "negative_keys", negative_keys, same_rows=False, empty=group is not None
+        )
     else:
         check.same_kind("query", query, "negative_keys", negative_keys)
         N, D = query.shape
@@ -94,9 +108,9 @@ def info_nce_loss(
                 f'negative_keys must be ({N}, M, {D}) with negative_mode="paired", got '
                 f"{tuple(negative_keys.shape)}"
             )
-        args = (query, positive_key, negative_keys, *scale, normalize, reduction)
+        args = (query, positive_key, negative_keys, *scale, normalize, reduction, place[1])
         return Plan(_paired_loss, args, reduction)
-    options = ("two_way" if symmetric else "one_way", normalize, reduction, backend)
+    options = ("two_way" if symmetric else "one_way", normalize, reduction, *place)
     return contrast(query, positive_key, negative_keys, scale, *options, slots=(0, 1, 2))
 
 
@@ -110,14 +124,20 @@ def _paired_loss(
     reciprocal: bool,
     normalize: bool,
     reduction: str,
+    group: str,
 ) -> Tensor:
     """InfoNCE with each query's own negatives: a batch of matrix-vector products, no sweep."""
     dtype = compute_dtype(query.dtype)
     q, k, n = (x.to(dtype) for x in (query, positive_key, negative_keys))
     if normalize:
         q, k, n = (unit_rows(x).z for x in (q, k, n))
+    if group:
+        scale_tensor = shared(scale_tensor, group)
     t = effective_scale(scale, scale_tensor, reciprocal, dtype)
     s_pos = (q * k).sum(-1) * t
     s_neg = (n @ q[:, :, None]).squeeze(-1) * t
     rows = softplus(log_sum_exp(s_neg) - s_pos)
-    return autograd.reduce_rows(rows if normalize else rows + alarm(q, k, n), reduction)
+    rows = rows if normalize else rows + alarm(q, k, n)
+    if group:
+        return reduce_over_group(rows, reduction, group)
+    return autograd.reduce_rows(rows, reduction)

@@ -1,5 +1,7 @@
 """NT-Xent, the loss of SimCLR."""
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import validation as check
@@ -15,6 +17,8 @@ def nt_xent_loss(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: Any = None,
+    exchange: str = "auto",
 ) -> Plan:
     r"""NT-Xent, the loss of SimCLR: each view must find its twin among the 2B - 1 other rows.
 
@@ -32,6 +36,12 @@ def nt_xent_loss(
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first, in the same pass.
         backend: None (the best there is), or as in `use_backend`.
+        group: None: the batch is this process's. "world" or a torch.distributed ProcessGroup: it is
+            that of all ranks, each with its own rows, of any number. Every rank gets the mean or
+            sum of all rows and gradients whose average over the ranks (DDP's) is the whole
+            batch's; with "none" its own rows. All must call, and weight the result alike.
+        exchange: of keys between ranks: "gather" (all at once), "ring" (one rank's at a time: least
+            memory), or "auto", by size.
 
     Returns:
         The loss, 0-dim or (2B,). A pair alone in its batch has nothing to contrast: loss 0.
@@ -53,8 +63,8 @@ def nt_xent_loss(
         >>> float(nt_xent_loss(z_i, z_i)) < float(nt_xent_loss(z_i, z_j))
         True
     """
-    check.embeddings("z_i", z_i, "z_j", z_j)
+    check.embeddings("z_i", z_i, "z_j", z_j, empty=group is not None)
     check.positive_scalar("temperature", temperature, z_i)
-    backend = common(reduction, normalize, backend)
-    options = ("nt_xent", normalize, reduction, backend)
+    place = common(reduction, normalize, backend, group, exchange)
+    options = ("nt_xent", normalize, reduction, *place)
     return contrast(z_i, z_j, None, reciprocal_scale(temperature), *options, slots=(0, 1))

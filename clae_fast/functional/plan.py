@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import autograd
 from .. import validation as check
 from ..backends import requested
+from ..exchange import MODES
+from ..process_group import name_of
 
 Scale = tuple[float, Tensor | None, bool]
 
@@ -78,9 +80,16 @@ def reciprocal_scale(temperature: float | Tensor) -> Scale:
     return 1.0 / float(temperature), None, False
 
 
-def common(reduction: str, normalize: bool, backend: str | None) -> str:
-    """Checks the keywords that every loss has; the backend to use."""
+Place = tuple[str, str, str]
+
+
+def common(
+    reduction: str, normalize: bool, backend: str | None, group: Any, exchange: str
+) -> Place:
+    """Checks the keywords that every loss has; (backend, group's name, exchange)."""
     if reduction not in check.REDUCTIONS:
         check.word("reduction", reduction, check.REDUCTIONS)
     check.flag("normalize", normalize)
-    return requested(backend)
+    if exchange != "auto":
+        check.word("exchange", exchange, MODES)
+    return requested(backend), name_of(group), exchange

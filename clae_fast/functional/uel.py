@@ -1,5 +1,7 @@
 """The instance discrimination of UEL."""
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import autograd
@@ -17,6 +19,8 @@ def uel_loss(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: Any = None,
+    exchange: str = "auto",
 ) -> Plan:
     r"""Instance discrimination of UEL: find the twin, and be told from every other row.
 
@@ -37,6 +41,12 @@ def uel_loss(
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first.
         backend: None, or as in `use_backend`.
+        group: None: the batch is this process's. "world" or a torch.distributed ProcessGroup: it is
+            that of all ranks, each with its own rows, of any number. Every rank gets the mean or
+            sum of all rows and gradients whose average over the ranks (DDP's) is the whole
+            batch's; with "none" its own rows. All must call, and weight the result alike.
+        exchange: of keys between ranks: "gather" (all at once), "ring" (one rank's at a time: least
+            memory), or "auto", by size.
 
     Returns:
         The loss, 0-dim or (2B,). A pair alone in its batch has loss 0.
@@ -52,11 +62,12 @@ def uel_loss(
         >>> float(uel_loss(z_i, z_i)) < float(uel_loss(z_i, z_j))
         True
     """
-    check.embeddings("z_i", z_i, "z_j", z_j)
+    check.embeddings("z_i", z_i, "z_j", z_j, empty=group is not None)
     check.positive_scalar("temperature", temperature, z_i)
     check.number("negative_weight", negative_weight, at_least=1)
-    backend = common(reduction, normalize, backend)
+    place = common(reduction, normalize, backend, group, exchange)
     scale, tensor, reciprocal = reciprocal_scale(temperature)
-    options = (scale, reciprocal, normalize, float(negative_weight), reduction, backend)
+    options = (scale, reciprocal, normalize, float(negative_weight), reduction, *place)
     args = (z_i, z_j, tensor, autograd.UELOptions(*options))
-    return Plan(autograd.uel_loss, args, reduction, autograd.uel_value_and_grad, 3, (0, 1))
+    with_grad = None if place[1] else autograd.uel_value_and_grad
+    return Plan(autograd.uel_loss, args, reduction, with_grad, 3, (0, 1))

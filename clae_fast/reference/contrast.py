@@ -1,24 +1,25 @@
 """The fused contrastive losses: rows, and gradients of their weighted sum, from raw embeddings."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contrast_grad import contrast_grad
+from ..contrast_grad import Operands, contrast_grad
 from ..numerics import (
     alarm,
-    as_given,
     compute_dtype,
     cosine,
     effective_scale,
     full_precision,
     softplus,
-    unit_rows,
 )
 from .pair_grad import pair_grad
 from .pair_lse import pair_lse
+
+FORMS = ("nt_xent", "one_way", "two_way")
 
 
 class ContrastOutput(NamedTuple):
@@ -31,6 +32,28 @@ class ContrastOutput(NamedTuple):
     dk: Tensor
     dnegatives: Tensor
     dscale: Tensor  # (1,)
+
+
+def contrast_rows(
+    rows: Operands, t: Tensor | float, form: str, lse: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each row and the log-sum-exps, of which `lse(rows, columns, skip=...)` does each."""
+    q, k, negatives, stacked = rows
+    s_pos = cosine(q, k) * t
+    lse_col = s_pos.new_empty(0)
+    if form == "nt_xent":
+        lse_row = lse(stacked, stacked, skip="twins")
+        loss = softplus(lse_row - torch.cat((s_pos, s_pos)))
+    elif form == "one_way":
+        keys, skip = (k, "diagonal") if negatives is None else (negatives, "none")
+        lse_row = lse(q.z, keys.z, skip=skip)
+        loss = softplus(lse_row - s_pos)
+    else:
+        lse_row, lse_col = lse(q.z, k.z, skip="diagonal"), lse(k.z, q.z, skip="diagonal")
+        loss = softplus(torch.stack((lse_row, lse_col), 1) - s_pos[:, None])
+    # A NaN or Inf in a row that is not normalised could hide behind e^-inf.
+    given = (q.z, k.z) if negatives is None else (q.z, k.z, negatives.z)
+    return loss + alarm(*given), lse_row, lse_col
 
 
 @full_precision
@@ -61,29 +84,14 @@ def contrast(
         two_way   both directions over the same pairs, (B, 2)                  (CLIP)
     """
     dtype = compute_dtype(q.dtype)
-    raw = [x.to(dtype) for x in (q, k, negatives) if x is not None]
-    rows = [unit_rows(x) if normalize else as_given(x) for x in raw]
     if scale_tensor is not None:  # once: its gradient is summed in this dtype, and rounded last
         scale_tensor = scale_tensor.to(dtype)
-    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
-    s_pos = cosine(rows[0], rows[1]) * t
-    z = [unit.z for unit in rows]
     lse = functools.partial(pair_lse, scale=scale, scale_tensor=scale_tensor, reciprocal=reciprocal)
-    lse_col = q.new_empty(0, dtype=dtype)
-    if form == "nt_xent":
-        stacked = torch.cat(z)
-        lse_row = lse(stacked, stacked, skip="twins")
-        loss = softplus(lse_row - torch.cat((s_pos, s_pos)))
-    elif form == "one_way":
-        lse_row = lse(z[0], z[-1], skip="diagonal" if negatives is None else "none")
-        loss = softplus(lse_row - s_pos)
-    elif form == "two_way":
-        lse_row, lse_col = (lse(*x, skip="diagonal") for x in (z, z[::-1]))
-        loss = softplus(torch.stack((lse_row, lse_col), 1) - s_pos[:, None])
-    else:
+    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    if form not in FORMS:
         raise ValueError(f"form must be 'nt_xent', 'one_way' or 'two_way', got {form!r}")
-    if not normalize:  # a row with a NaN or Inf is NaN throughout once normalised
-        loss = loss + alarm(*raw)
+    rows = Operands.of(q, k, negatives, form, normalize)
+    loss, lse_row, lse_col = contrast_rows(rows, t, form, lse)
     reduced = loss
     if reduction != "none":
         reduced = loss.mean() if reduction == "mean" else loss.sum()
@@ -92,8 +100,9 @@ def contrast(
         return ContrastOutput(
             reduced, lse_row, lse_col, *(q.new_empty(0, dtype=dtype) for _ in wanted)
         )
+    weight = torch.full_like(loss, 1 / loss.numel() if reduction == "mean" else 1.0)
     grads = contrast_grad(
         q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, lse_row, lse_col,
-        torch.full_like(loss, 1 / loss.numel() if reduction == "mean" else 1.0), wanted, pair_grad,
+        weight, wanted, pair_grad, rows,
     )  # fmt: skip
     return ContrastOutput(reduced, lse_row, lse_col, *grads)

@@ -1,0 +1,348 @@
+"""The losses over a process group: every rank computes the rows that are its own, exactly.
+
+A rank has b rows and, of each operator's columns, its share. It sweeps over its own columns with
+the rule that says which to leave out, then over the others' (`exchange.py`) with none, and adds:
+log-sum-exps by `logaddexp`, gradients by +. The gradient of a row is put together where the row
+lives, from the log-sum-exps and weights of the other ranks' rows, which travel with them: a
+number or two a row, where partial gradients of the keys would be D numbers sent back.
+
+What is differentiated is the average over the ranks of what each of them computes from what it is
+given, as DistributedDataParallel averages. "mean" and "sum" give every rank the loss L of the whole
+batch: that average is L, and rank r's rows get `W dL/dz_r`. "none" gives a rank its own rows, so
+they get the gradient of the sum over the ranks. A scale gets the average's own gradient on every
+rank: averaged once more, it stays what it is.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contrast_grad import Operands, contrast_grad
+from .exchange import Exchange
+from .numerics import compute_dtype, effective_scale, full_precision
+from .ops import define, fake_contrast
+from .process_group import Group, begin
+from .reference.contrast import contrast_rows
+from .reference.sweep import Skip
+from .sweeps import Local, Sweeps
+from .uel_blocks import uel_over_blocks
+
+
+class OverGroup:
+    """`Sweeps` over the columns of all ranks."""
+
+    def __init__(self, local: Local, exchange: Exchange) -> None:
+        self.local, self.exchange = local, exchange
+
+    def _others(self, k: Tensor, rules: dict[str, Any], names: Sequence[str]) -> Any:
+        """For each block of the others' columns, k and the rules that apply there."""
+        there = [n for n in names if rules.get(n) is not None]
+        copies = 2 if rules.get("skip") == "twins" else 1
+        kept = {n: v for n, v in rules.items() if n not in names and n not in ("skip", "offset")}
+        for block, *parts in self.exchange.others(k, *(rules[n] for n in there), copies=copies):
+            yield block, {**kept, **dict(zip(there, parts, strict=True))}
+
+    def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        lse = self.local.lse(q, k, **rules)
+        for block, there in self._others(k, rules, ("col_ids",)):
+            lse = torch.logaddexp(lse, self.local.lse(q, block, **there))
+        return lse
+
+    def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
+        lse, o = self.local.mean(q, k, **rules)
+        for block, there in self._others(k, rules, ("col_ids",)):
+            lse_there, o_there = self.local.mean(q, block, **there)
+            both = torch.logaddexp(lse, lse_there)
+            o = o * _share(lse, both) + o_there * _share(lse_there, both)
+            lse = both
+        return lse, o
+
+    def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        dq = self.local.grad(q, k, **rules)
+        names = ("col_ids", "col_lse", "col_weight")
+        for block, there in self._others(k, rules, names):
+            dq += self.local.grad(q, block, **there)
+        return dq
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.exchange.group.total(x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return self.exchange.all_rows(x)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """`e^(part - whole)` (N, 1), 0 where there is nothing at all."""
+    return (part - torch.where(whole == -torch.inf, 0.0, whole)).exp()[:, None]
+
+
+# ------------------------------------------------------------------------------------- the losses
+
+
+def _meet(
+    what: str,
+    x: Tensor,
+    local: Local,
+    group: str,
+    exchange: str,
+    flags: Sequence[bool] = (),
+    copies: int = 1,
+    **facts: Any,
+) -> tuple[OverGroup, list[bool]]:
+    """The ranks meet, and agree on what they compute; and the flags that any of them has set."""
+    facts = {
+        "the width": x.shape[1],
+        "the dtype": x.dtype,
+        "the scale": "a tensor" if local.scale_tensor is not None else local.scale,
+        "exchange": exchange,
+        **facts,
+    }
+    bits = sum(flag << i for i, flag in enumerate(flags))
+    row_bytes = 2 * x.shape[1] * torch.finfo(compute_dtype(x.dtype)).bits // 8
+    met = Exchange(group, what, len(x) // copies, exchange, row_bytes, facts, bits, x.device)
+    return OverGroup(local, met), [bool(met.flags >> i & 1) for i in range(len(flags))]
+
+
+@torch.no_grad()
+@full_precision
+def group_contrast(
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None,
+    reciprocal: bool,
+    form: str,
+    normalize: bool,
+    need_dq: bool,
+    need_dk: bool,
+    need_dnegatives: bool,
+    need_dscale: bool,
+    reduction: str,
+    group: str,
+    exchange: str,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """`reference.contrast` of this rank's rows among all ranks'; "mean" and "sum" are of all rows.
+
+    The gradients are of W times that, `dscale` is its own.
+    """
+    local = Local(scale, scale_tensor, reciprocal, backend)
+    over, (need_q, need_k, need_scale) = _meet(
+        f"the {form} loss", q, local, group, exchange, (need_dq, need_dk, need_dscale),
+        form=form, normalize=normalize, reduction=reduction,
+        negative_keys=-1 if negatives is None else len(negatives),
+    )  # fmt: skip
+    # A queue is the same on every rank: its columns need no exchange.
+    sweeps: Sweeps = over if negatives is None else local
+    dtype = compute_dtype(q.dtype)
+    rows = Operands.of(q, k, negatives, form, normalize)
+    mean: Tensor | None = None
+    with_mean = form == "one_way" and reduction != "none" and (need_q or need_scale)
+
+    def lse(x: Tensor, y: Tensor, **rules: Any) -> Tensor:
+        nonlocal mean
+        if not with_mean:
+            return sweeps.lse(x, y, **rules)
+        found, mean = sweeps.mean(x, y, **rules)
+        return found
+
+    t = effective_scale(scale, scale_tensor, reciprocal, dtype)
+    loss, lse_row, lse_col = contrast_rows(rows, t, form, lse)
+    grads = [q.new_empty(0, dtype=dtype) for _ in range(4)]
+    if reduction == "none":
+        return loss, lse_row, lse_col, *grads
+    count = over.exchange.rows * (1 if form == "one_way" else 2)
+    total = over.total(loss.sum(dtype=torch.float64))
+    reduced = (total / count if reduction == "mean" else total).to(dtype)
+    need = (need_q, need_k, need_dnegatives and negatives is not None, need_scale)
+    if any(need):
+        W = over.exchange.ranks
+        weight = torch.full_like(loss, W / count if reduction == "mean" else W)
+        found = contrast_grad(
+            q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, lse_row, lse_col,
+            weight, need, _unscaled(sweeps), rows, mean, halves=False,
+        )  # fmt: skip
+        grads = _asked(over, found, (need_dq, need_dk, need_dnegatives, need_dscale), need_scale)
+    return reduced, lse_row, lse_col, *grads
+
+
+@torch.no_grad()
+@full_precision
+def group_contrast_grad(
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None,
+    reciprocal: bool,
+    form: str,
+    normalize: bool,
+    lse_row: Tensor,
+    lse_col: Tensor,
+    weight: Tensor,
+    need_dq: bool,
+    need_dk: bool,
+    need_dnegatives: bool,
+    need_dscale: bool,
+    group: str,
+    exchange: str,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """The gradients of all ranks' `sum(weight * loss)`, for "none"; `dscale` of their average."""
+    local = Local(scale, scale_tensor, reciprocal, backend)
+    over, (need_q, need_k, need_scale) = _meet(
+        f"the gradient of the {form} loss", q, local, group, exchange,
+        (need_dq, need_dk, need_dscale), form=form, normalize=normalize,
+    )  # fmt: skip
+    sweeps: Sweeps = over if negatives is None else local
+    need = (need_q, need_k, need_dnegatives and negatives is not None, need_scale)
+    found = contrast_grad(
+        q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, lse_row, lse_col,
+        weight, need, _unscaled(sweeps), halves=False,
+    )  # fmt: skip
+    return tuple(_asked(over, found, (need_dq, need_dk, need_dnegatives, need_dscale), need_scale))
+
+
+def _unscaled(sweeps: Sweeps) -> Callable[..., Tensor]:
+    """`pair_grad` for `contrast_grad`, which would tell it the scale that the sweeps know."""
+
+    def grad(q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        known = ("scale", "scale_tensor", "reciprocal")
+        return sweeps.grad(q, k, **{n: v for n, v in rules.items() if n not in known})
+
+    return grad
+
+
+def _asked(
+    over: OverGroup, found: Sequence[Tensor], need: Sequence[bool], any_needs_scale: bool
+) -> list[Tensor]:
+    """The gradients that this rank asked for; the scale's is the average of the ranks'."""
+    *rows, dscale = found
+    if any_needs_scale:
+        dscale = over.total(dscale) / over.exchange.ranks
+    return [g if n else g.new_empty(0) for g, n in zip((*rows, dscale), need, strict=True)]
+
+
+@torch.no_grad()
+@full_precision
+def group_uel(
+    z: Tensor,
+    scale: float,
+    negative_weight: float,
+    scale_tensor: Tensor | None,
+    reciprocal: bool,
+    need_dq: bool,
+    group: str,
+    exchange: str,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`reference.pair_uel` of this rank's rows (2b, D) among all ranks': keys get no gradient."""
+    local = Local(scale, scale_tensor, reciprocal, backend)
+    over, (need,) = _meet(
+        "the uel loss", z, local, group, exchange, (need_dq,), copies=2,
+        negative_weight=negative_weight,
+    )  # fmt: skip
+    t = effective_scale(scale, scale_tensor, reciprocal, z.dtype)
+    s_pos = (z * z.roll(len(z) // 2, 0)).sum(-1) * t
+    lse = over.lse(z, z, skip="twins")
+
+    def blocks() -> Iterable[tuple[Tensor, Skip]]:
+        yield z, Skip("twins", 0, None, None)
+        for (k,) in over.exchange.others(z, copies=2):
+            yield k, Skip("none", 0, None, None)
+
+    loss, dq = uel_over_blocks(z, s_pos, lse, t, negative_weight, blocks, need)
+    return loss, dq if need_dq else z.new_empty(0)
+
+
+@torch.no_grad()
+def group_reduce(rows: Tensor, reduction: str, group: str) -> tuple[Tensor, Tensor]:
+    """The mean or sum of all ranks' rows, and what a row's gradient is multiplied by."""
+    ranks = Group(group, "the loss")
+    begin(ranks.group)
+    mine = torch.stack((rows.sum(dtype=torch.float64), rows.new_full((), rows.numel()).double()))
+    total, count = ranks.total(mine).unbind()
+    if reduction == "sum":
+        return total.to(rows.dtype), torch.full_like(total, ranks.size).to(rows.dtype)
+    return (total / count).to(rows.dtype), (ranks.size / count).to(rows.dtype)
+
+
+@torch.no_grad()
+def group_average(x: Tensor, group: str) -> Tensor:
+    """The average of x over the ranks."""
+    ranks = Group(group, "the gradient of the scale")
+    begin(ranks.group)
+    return ranks.total(x) / ranks.size
+
+
+# ------------------------------------------------------------------------------------ registration
+
+_SCALE = "float scale, Tensor? scale_tensor, bool reciprocal"
+_ROWS = f"Tensor q, Tensor k, Tensor? negatives, {_SCALE}, str form, bool normalize"
+_NEED = "bool need_dq, bool need_dk, bool need_dnegatives, bool need_dscale"
+_GROUP = "str group, str exchange, *, str backend='auto'"
+
+
+def _by_name(function: Callable[..., Any], *args: Any, **kwargs: Any) -> SimpleNamespace:
+    return SimpleNamespace(**inspect.signature(function).bind(*args, **kwargs).arguments)
+
+
+def _fake_contrast(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    a = _by_name(group_contrast, *args, **kwargs)
+    if a.reduction == "none":  # the gradients wait for the upstream weights
+        a.need_dq = a.need_dk = a.need_dnegatives = a.need_dscale = False
+    return fake_contrast(a)
+
+
+def _fake_contrast_grad(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    a = _by_name(group_contrast_grad, *args, **kwargs)
+    a.reduction = "none"
+    return fake_contrast(a)[3:]
+
+
+def _fake_uel(z: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    need_dq = _by_name(group_uel, z, *args, **kwargs).need_dq
+    return z.new_empty(len(z)), z.new_empty(z.shape if need_dq else 0)
+
+
+define(
+    "group_contrast",
+    f"({_ROWS}, {_NEED}, str reduction, {_GROUP})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    group_contrast,
+    _fake_contrast,
+)
+define(
+    "group_contrast_grad",
+    f"({_ROWS}, Tensor lse_row, Tensor lse_col, Tensor weight, {_NEED}, {_GROUP})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    group_contrast_grad,
+    _fake_contrast_grad,
+)
+define(
+    "group_uel",
+    "(Tensor z, float scale, float negative_weight, Tensor? scale_tensor, bool reciprocal, "
+    f"bool need_dq, {_GROUP}) -> (Tensor, Tensor)",
+    group_uel,
+    _fake_uel,
+)
+define(
+    "group_reduce",
+    "(Tensor rows, str reduction, str group) -> (Tensor, Tensor)",
+    group_reduce,
+    lambda rows, reduction, group: (rows.new_empty(()), rows.new_empty(())),
+)
+define(
+    "group_average",
+    "(Tensor x, str group) -> Tensor",
+    group_average,
+    lambda x, group: torch.empty_like(x),
+)

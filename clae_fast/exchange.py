@@ -1,0 +1,195 @@
+"""The rows of all ranks, a block at a time: gathered at once, or passed round a ring.
+
+With W ranks of b rows each, width D and e bytes an element, a pass over the rows sends and
+receives (W - 1) b D e bytes per rank in either mode. `gather` keeps what it received, W b D e
+bytes, until the call ends, and passes over it as often as it likes; `ring` keeps two blocks,
+2 b D e bytes, sends again for every pass, and receives the next block while the last one is
+computed on.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .process_group import Group, begin
+
+MODES = ("auto", "gather", "ring")
+GATHER_BYTES = 256 << 20
+""""auto" gathers up to so many bytes of rows."""
+_ALIGN = 16
+
+
+def _coded(value: Any) -> int:
+    """A fact as an integer that all ranks can compare."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return int(struct.unpack("<q", struct.pack("<d", value))[0])
+    return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=7).digest(), "little")
+
+
+def _shown(code: int, like: Any) -> str | None:
+    """What another rank's number stands for; None where only equality can be told."""
+    if isinstance(like, int):
+        return str(code)
+    if isinstance(like, float):
+        return f"{struct.unpack('<d', struct.pack('<q', code))[0]:g}"
+    return None
+
+
+class Exchange:
+    """One call's meeting of the ranks.
+
+    Args:
+        group: name of the process group.
+        what: the operation, for errors.
+        rows: of this rank.
+        mode: "auto", "gather" or "ring".
+        row_bytes: of one row with everything that a rank sends of it when it gathers.
+        facts: checked to be equal on all ranks, by name.
+        flags: bits; `self.flags` has those that any rank set.
+
+    Raises:
+        ValueError: the ranks disagree; names one, its value, and rank 0's.
+        RuntimeError: a rank did not take part; names it.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        what: str,
+        rows: int,
+        mode: str,
+        row_bytes: int,
+        facts: dict[str, Any],
+        flags: int,
+        device: torch.device,
+    ) -> None:
+        self.group = Group(group, what)
+        begin(self.group.group)
+        self.rank, self.ranks = self.group.rank, self.group.size
+        mine = (rows, flags, *(_coded(v) for v in facts.values()))
+        told = self.group.numbers(mine, device)
+        for i, (name, value) in enumerate(facts.items(), 2):
+            self._agree(what, name, value, [t[i] for t in told])
+        self.sizes = [t[0] for t in told]
+        self.flags = 0
+        for t in told:
+            self.flags |= t[1]
+        self.rows = sum(self.sizes)
+        small = self.rows * row_bytes <= GATHER_BYTES
+        self.ring = mode == "ring" or (mode == "auto" and not small)
+        self._gathered: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def _agree(self, what: str, name: str, value: Any, codes: list[int]) -> None:
+        for rank, code in enumerate(codes):
+            if code == codes[0]:
+                continue
+            first, other = _shown(codes[0], value), _shown(code, value)
+            got = f"got {first} on rank {self.group.name_of(0)} and {other}"
+            if first is None:
+                here, there = self.group.name_of(self.rank), self.group.name_of(0)
+                got = f"it is {value} on rank {here}, and not what rank {there} has"
+            raise ValueError(
+                f"{what}: {name} must be the same on every rank of the group, {got} on rank "
+                f"{self.group.name_of(rank)}"
+            )
+
+    def others(self, *parts: Tensor, copies: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        """The same parts of every other rank, some ranks at a time, in a fixed order.
+
+        `parts` have `copies` times this rank's rows in their first dimension (2: both views
+        stacked). The first is kept between calls when gathering.
+        """
+        sizes = [copies * n for n in self.sizes]
+        if self.ring:
+            yield from self._round(parts, sizes)
+            return
+        rows = self._kept(parts[0], sizes)
+        rest = [self._spans(x, sizes) for x in parts[1:]]
+        for span in zip(rows, *rest, strict=True):
+            if len(span[0]):
+                yield span
+
+    # -------------------------------------------------------------------------------------- gather
+
+    def all_rows(self, x: Tensor, copies: int = 1) -> Tensor:
+        """x of every rank, in the order of their ranks."""
+        return self._all_rows(x, [copies * n for n in self.sizes])
+
+    def _all_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
+        most = max(sizes)
+        if len(x) < most:
+            x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
+        out = self.group.gather(x)
+        if min(sizes) == most:
+            return out.flatten(0, 1)
+        return torch.cat([out[r, :n] for r, n in enumerate(sizes)])
+
+    def _spans(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
+        """The rows of the ranks before this one, and of those after it."""
+        rows = self._all_rows(x, sizes)
+        first = sum(sizes[: self.rank])
+        return [rows[:first], rows[first + len(x) :]]
+
+    def _kept(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
+        """`_spans`, once for each tensor of the call."""
+        if id(x) not in self._gathered:  # x is kept too: while it lives, its id is its own
+            self._gathered[id(x)] = x, self._spans(x, sizes)
+        return self._gathered[id(x)][1]
+
+    # ---------------------------------------------------------------------------------------- ring
+
+    def _round(self, parts: Sequence[Tensor], sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
+        """Block after block: that of the rank before, of the one before that, and so on."""
+        block, arrive = _pack(parts), _nothing
+        for hop in range(self.ranks):
+            arrive()
+            current = block
+            if hop + 1 < self.ranks:  # on its way while this block is computed on
+                coming = sizes[(self.rank - hop - 1) % self.ranks]
+                block, arrive = self.group.pass_on(current, _places(parts, coming)[-1])
+            rows = sizes[(self.rank - hop) % self.ranks]
+            if hop and rows:
+                yield _unpack(current, parts, rows)
+
+
+def _nothing() -> None:
+    return
+
+
+def _places(parts: Sequence[Tensor], rows: int) -> list[int]:
+    """Where each part of a block of `rows` rows begins, in bytes, and where the block ends."""
+    places = [0]
+    for x in parts:
+        places.append(places[-1] + -(-rows * _row_bytes(x) // _ALIGN) * _ALIGN)
+    return places
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x.shape[1:].numel() * x.element_size()
+
+
+def _pack(parts: Sequence[Tensor]) -> Tensor:
+    """One block of bytes: a ring that sends every part on its own waits for each."""
+    rows = len(parts[0])
+    places = _places(parts, rows)
+    block = parts[0].new_empty(places[-1], dtype=torch.uint8)
+    for x, place in zip(parts, places, strict=False):
+        _part(block, place, x, rows).copy_(x)
+    return block
+
+
+def _unpack(block: Tensor, parts: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
+    places = _places(parts, rows)
+    return tuple(_part(block, at, x, rows) for x, at in zip(parts, places, strict=False))
+
+
+def _part(block: Tensor, place: int, like: Tensor, rows: int) -> Tensor:
+    """The view of a block where a part with the type and width of `like` lies."""
+    there = block[place : place + rows * _row_bytes(like)]
+    return there.view(like.dtype).view(rows, *like.shape[1:])

@@ -1,0 +1,47 @@
+"""What a process group adds to the gradients of losses whose rows are this rank's own business."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distributed  # noqa: F401  (registers the operators)
+from .ops import call
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, reduction: str, group: str) -> Tensor:
+        loss, factor = call("group_reduce", rows, reduction, group)
+        ctx.save_for_backward(factor)
+        ctx.shape = rows.shape
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        (factor,) = ctx.saved_tensors
+        return (grad_output * factor).expand(ctx.shape), None, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return call("group_average", grad_output, ctx.group), None
+
+
+def reduce_over_group(rows: Tensor, reduction: str, group: str) -> Tensor:
+    """Mean or sum of all ranks' rows; a row's gradient is that of W times it. "none": the rows."""
+    if reduction == "none":
+        return rows
+    loss: Tensor = _Reduce.apply(rows, reduction, group)
+    return loss
+
+
+def shared(x: Tensor | None, group: str) -> Tensor | None:
+    """x, which every rank holds; its gradient is the average of theirs."""
+    return None if x is None else _Shared.apply(x, group)

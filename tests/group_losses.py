@@ -1,0 +1,130 @@
+"""What the processes of test_group_losses.py do: losses on their share of a batch."""
+
+import functools
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from clae_fast import clip_loss, info_nce_loss, nt_xent_loss, uel_loss, value_and_grad
+
+LOSSES = {
+    "nt_xent": (nt_xent_loss, 2),
+    "plain": (info_nce_loss, 1),
+    "symmetric": (functools.partial(info_nce_loss, symmetric=True), 2),
+    "queue": (info_nce_loss, 1),
+    "paired": (functools.partial(info_nce_loss, negative_mode="paired"), 1),
+    "uel": (functools.partial(uel_loss, negative_weight=1.5), 2),
+    "clip": (clip_loss, 2),
+}
+"""The function, and how many rows of loss a pair has."""
+
+
+@functools.cache
+def subgroup(ranks):
+    """The group of the first ranks; all processes must ask for it."""
+    return dist.new_group(list(range(ranks)), timeout=timedelta(seconds=20))
+
+
+def batch(name, sizes, dtype, D=24, seed=0):
+    """The whole batch: inputs by name, which of them are split over the ranks, the scale."""
+    g = torch.Generator().manual_seed(seed)
+    B = sum(sizes)
+    q = torch.randn(B, D, generator=g, dtype=torch.float64)
+    k = q + 0.5 * torch.randn(B, D, generator=g, dtype=torch.float64)
+    inputs = [q, k]
+    if name == "queue":
+        inputs.append(torch.randn(19, D, generator=g, dtype=torch.float64))
+    if name == "paired":
+        inputs.append(torch.randn(B, 5, D, generator=g, dtype=torch.float64))
+    split = [True, True] + [name == "paired"] * (len(inputs) - 2)
+    scale = torch.tensor(3.0 if name == "clip" else 0.3, dtype=torch.float64)
+    return [x.to(dtype) for x in inputs], split, scale
+
+
+def bind(name, scale, **options):
+    """The loss as a function of its tensors."""
+    function = LOSSES[name][0]
+    if name == "clip":
+        return lambda *x: function(*x, scale, normalize=True, **options)
+    return lambda *x: function(*x, temperature=scale, **options)
+
+
+def share(rank, sizes, inputs, split):
+    first = sum(sizes[:rank])
+    return [
+        x[first : first + sizes[rank]] if part else x for x, part in zip(inputs, split, strict=True)
+    ]
+
+
+def one_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False, backend=None):
+    """(loss, input gradients, scale's gradient) of this rank; None outside the group."""
+    group = subgroup(len(sizes))
+    if rank >= len(sizes):
+        return None
+    inputs, split, scale = batch(name, sizes, dtype)
+    mine = [x.clone().requires_grad_() for x in share(rank, sizes, inputs, split)]
+    t = scale.clone().requires_grad_()
+    options = {"reduction": reduction, "group": group, "exchange": exchange, "backend": backend}
+    if name == "paired":
+        del options["backend"]
+    run = bind(name, t, **options)
+    if compiled:
+        run = torch.compile(run, fullgraph=True)
+    loss = run(*mine)
+    weight = upstream(loss, rank)
+    (loss * weight).sum().backward()
+    fused = None
+    if reduction != "none":
+        fused = value_and_grad(bind(name, scale, **options))(*mine)[1]
+    return loss.detach(), [x.grad for x in mine], t.grad, fused
+
+
+def upstream(loss, rank):
+    """Of a scalar 1.5; of rows different ones."""
+    if loss.dim() == 0:
+        return torch.tensor(1.5)
+    g = torch.Generator().manual_seed(100 + rank)
+    return torch.rand(loss.shape, generator=g, dtype=torch.float64).to(loss.dtype)
+
+
+def encoder():
+    g = torch.Generator().manual_seed(7)
+    net = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8))
+    net = net.double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.3)
+    return net
+
+
+class Learner(torch.nn.Module):
+    """An encoder and a temperature (or scale) that learns."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.net = encoder()
+        self.scale = torch.nn.Parameter(scale.clone())
+
+    def forward(self, *inputs):
+        return [self.net(x) for x in inputs]
+
+
+def train(rank, name, sizes, exchange):
+    """The weights after three steps of SGD; rank None: one process with everything."""
+    inputs, split, scale = batch(name, sizes, torch.float64)
+    learner = model = Learner(scale)
+    options = {}
+    if rank is not None:
+        options = {"group": "world", "exchange": exchange}
+        inputs = share(rank, sizes, inputs, split)
+        model = DistributedDataParallel(learner)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        embeddings = model(*inputs)
+        # Of the forward through DDP, so that its reducer sees the scale too.
+        bind(name, learner.scale, **options)(*embeddings).backward()
+        optimizer.step()
+    return [p.detach() for p in learner.parameters()]
