@@ -14,7 +14,7 @@ rank: averaged once more, it stays what it is.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,23 +38,27 @@ class OverGroup:
     def __init__(self, local: Local, exchange: Exchange) -> None:
         self.local, self.exchange = local, exchange
 
-    def _others(self, k: Tensor, rules: dict[str, Any], names: Sequence[str]) -> Any:
-        """For each block of the others' columns, k and the rules that apply there."""
-        there = [n for n in names if rules.get(n) is not None]
+    def _others(
+        self, k: Tensor, rules: dict[str, Any], *names: str
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each block of the others' columns, and the rules that apply there; sets out at once."""
+        travel = [n for n in ("col_ids", *names) if rules.get(n) is not None]
+        stay = {n: v for n, v in rules.items() if n not in (*travel, "skip", "offset")}
         copies = 2 if rules.get("skip") == "twins" else 1
-        kept = {n: v for n, v in rules.items() if n not in names and n not in ("skip", "offset")}
-        for block, *parts in self.exchange.others(k, *(rules[n] for n in there), copies=copies):
-            yield block, {**kept, **dict(zip(there, parts, strict=True))}
+        blocks = self.exchange.others(k, *(rules[n] for n in travel), copies=copies)
+        return ((b[0], {**stay, **dict(zip(travel, b[1:], strict=True))}) for b in blocks)
 
     def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        others = self._others(k, rules)
         lse = self.local.lse(q, k, **rules)
-        for block, there in self._others(k, rules, ("col_ids",)):
+        for block, there in others:
             lse = torch.logaddexp(lse, self.local.lse(q, block, **there))
         return lse
 
     def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
+        others = self._others(k, rules)
         lse, o = self.local.mean(q, k, **rules)
-        for block, there in self._others(k, rules, ("col_ids",)):
+        for block, there in others:
             lse_there, o_there = self.local.mean(q, block, **there)
             both = torch.logaddexp(lse, lse_there)
             o = o * _share(lse, both) + o_there * _share(lse_there, both)
@@ -62,9 +66,9 @@ class OverGroup:
         return lse, o
 
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        others = self._others(k, rules, "col_lse", "col_weight")
         dq = self.local.grad(q, k, **rules)
-        names = ("col_ids", "col_lse", "col_weight")
-        for block, there in self._others(k, rules, names):
+        for block, there in others:
             dq += self.local.grad(q, block, **there)
         return dq
 

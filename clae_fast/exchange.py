@@ -9,7 +9,7 @@ computed on.
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,14 +106,13 @@ class Exchange:
         stacked). The first is kept between calls when gathering.
         """
         sizes = [copies * n for n in self.sizes]
+        if self.ranks == 1:
+            return iter(())
         if self.ring:
-            yield from self._round(parts, sizes)
-            return
+            return self._round(parts, sizes)
         rows = self._kept(parts[0], sizes)
         rest = [self._spans(x, sizes) for x in parts[1:]]
-        for span in zip(rows, *rest, strict=True):
-            if len(span[0]):
-                yield span
+        return (span for span in zip(rows, *rest, strict=True) if len(span[0]))
 
     # -------------------------------------------------------------------------------------- gather
 
@@ -145,21 +144,49 @@ class Exchange:
     # ---------------------------------------------------------------------------------------- ring
 
     def _round(self, parts: Sequence[Tensor], sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
-        """Block after block: that of the rank before, of the one before that, and so on."""
-        block, arrive = _pack(parts), _nothing
-        for hop in range(self.ranks):
+        """Block after block: that of the rank before, of the one before that, and so on.
+
+        The first one sets out now, and each next one before the last is handed out.
+        """
+        room = max(_block_bytes(parts, n) for n in sizes)
+        block, coming = (parts[0].new_empty(room, dtype=torch.uint8) for _ in range(2))
+        _pack(parts, block)
+        arrive = self._start(parts, sizes, 0, block, coming)
+        return self._hops(parts, sizes, block, coming, arrive)
+
+    def _start(
+        self,
+        parts: Sequence[Tensor],
+        sizes: list[int],
+        hop: int,
+        block: Tensor,
+        coming: Tensor,
+    ) -> Callable[[], None]:
+        sent, expected = (
+            _block_bytes(parts, sizes[(self.rank - h) % self.ranks]) for h in (hop, hop + 1)
+        )
+        return self.group.pass_on(block[:sent], coming[:expected])
+
+    def _hops(
+        self,
+        parts: Sequence[Tensor],
+        sizes: list[int],
+        block: Tensor,
+        coming: Tensor,
+        arrive: Callable[[], None],
+    ) -> Iterator[tuple[Tensor, ...]]:
+        for hop in range(1, self.ranks):
             arrive()
-            current = block
+            block, coming = coming, block
             if hop + 1 < self.ranks:  # on its way while this block is computed on
-                coming = sizes[(self.rank - hop - 1) % self.ranks]
-                block, arrive = self.group.pass_on(current, _places(parts, coming)[-1])
+                arrive = self._start(parts, sizes, hop, block, coming)
             rows = sizes[(self.rank - hop) % self.ranks]
-            if hop and rows:
-                yield _unpack(current, parts, rows)
+            if rows:
+                yield _unpack(block, parts, rows)
 
 
-def _nothing() -> None:
-    return
+def _block_bytes(parts: Sequence[Tensor], rows: int) -> int:
+    return _places(parts, rows)[-1]
 
 
 def _places(parts: Sequence[Tensor], rows: int) -> list[int]:
@@ -174,14 +201,11 @@ def _row_bytes(x: Tensor) -> int:
     return x.shape[1:].numel() * x.element_size()
 
 
-def _pack(parts: Sequence[Tensor]) -> Tensor:
+def _pack(parts: Sequence[Tensor], block: Tensor) -> None:
     """One block of bytes: a ring that sends every part on its own waits for each."""
     rows = len(parts[0])
-    places = _places(parts, rows)
-    block = parts[0].new_empty(places[-1], dtype=torch.uint8)
-    for x, place in zip(parts, places, strict=False):
+    for x, place in zip(parts, _places(parts, rows), strict=False):
         _part(block, place, x, rows).copy_(x)
-    return block
 
 
 def _unpack(block: Tensor, parts: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:

@@ -67,20 +67,19 @@ class Group:
         self._finish(dist.all_reduce(out, group=self.group, async_op=True), out.device)
         return out
 
-    def pass_on(self, sent: Tensor, received: int) -> tuple[Tensor, Callable[[], None]]:
-        """Bytes to the next rank, and a buffer for `received` bytes of the one before.
+    def pass_on(self, sent: Tensor, out: Tensor) -> Callable[[], None]:
+        """Bytes to the next rank, and those of the one before into `out`.
 
-        Returns at once; the buffer holds them after the returned function was called.
+        Returns at once; they are there after the returned function was called.
         """
-        out = sent.new_empty(received)
         to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         from_each, to_each = [0] * self.size, [0] * self.size
-        from_each[source], to_each[to] = received, sent.numel()
+        from_each[source], to_each[to] = out.numel(), sent.numel()
         # A collective, as gloo cannot be asked how a receive is getting on.
         work = dist.all_to_all_single(
             out, sent, from_each, to_each, group=self.group, async_op=True
         )
-        return out, lambda: self._finish(work, out.device)
+        return lambda: self._finish(work, out.device)
 
     # ---------------------------------------------------------------------------------- failures
 

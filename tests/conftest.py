@@ -60,6 +60,16 @@ def larger_subset():
     return mnist_subset(16)
 
 
+@pytest.fixture(scope="session")
+def four():
+    """Four processes of one group; see processes.py."""
+    from processes import Processes
+
+    processes = Processes(4)
+    yield processes
+    processes.close()
+
+
 @pytest.fixture(autouse=True)
 def _names_in_examples(doctest_namespace):
     doctest_namespace.update({name: getattr(clae_fast, name) for name in clae_fast.__all__})

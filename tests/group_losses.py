@@ -1,13 +1,17 @@
 """What the processes of test_group_losses.py do: losses on their share of a batch."""
 
 import functools
+import time
+import weakref
 from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from clae_fast import clip_loss, info_nce_loss, nt_xent_loss, uel_loss, value_and_grad
+from clae_fast.process_group import Group
 
 LOSSES = {
     "nt_xent": (nt_xent_loss, 2),
@@ -71,6 +75,7 @@ def one_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False, back
         del options["backend"]
     run = bind(name, t, **options)
     if compiled:
+        torch._dynamo.reset()
         run = torch.compile(run, fullgraph=True)
     loss = run(*mine)
     weight = upstream(loss, rank)
@@ -128,3 +133,59 @@ def train(rank, name, sizes, exchange):
         bind(name, learner.scale, **options)(*embeddings).backward()
         optimizer.step()
     return [p.detach() for p in learner.parameters()]
+
+
+def measured_exchange(rank, name, b, exchange, gradients):
+    """Bytes received and sent, the most that buffers of the exchange held, bytes of control."""
+    sizes = (b,) * 4
+    inputs, split, scale = batch(name, sizes, torch.float32)
+    mine = [x.clone().requires_grad_(gradients) for x in share(rank, sizes, inputs, split)]
+    count = {"received": 0, "sent": 0, "peak": 0, "control": 0}
+    alive = []
+
+    def held():
+        return sum({id(s): s.nbytes() for ref in alive if (s := ref()) is not None}.values())
+
+    def note(*buffers):
+        alive.extend(weakref.ref(x.untyped_storage()) for x in buffers)
+        least = held()
+        for _ in range(20):  # gloo's threads let go of a buffer a moment later
+            time.sleep(1e-3)
+            least = min(least, held())
+        count["peak"] = max(count["peak"], least)
+
+    gather, pass_on = Group.gather, Group.pass_on
+    numbers, total = Group.numbers, Group.total
+
+    def counted_gather(self, x):
+        out = gather(self, x)
+        count["received"] += out.nbytes - x.nbytes
+        count["sent"] += (self.size - 1) * x.nbytes
+        note(out)
+        return out
+
+    def counted_pass_on(self, sent, out):
+        arrive = pass_on(self, sent, out)
+        count["received"] += out.nbytes
+        count["sent"] += sent.nbytes
+        note(sent, out)
+        return arrive
+
+    def counted_numbers(self, mine, device):
+        count["control"] += 8 * len(mine) * (self.size - 1)
+        return numbers(self, mine, device)
+
+    def counted_total(self, x):
+        count["control"] += x.nbytes * (self.size - 1)
+        return total(self, x)
+
+    with (
+        mock.patch.object(Group, "gather", counted_gather),
+        mock.patch.object(Group, "pass_on", counted_pass_on),
+        mock.patch.object(Group, "numbers", counted_numbers),
+        mock.patch.object(Group, "total", counted_total),
+    ):
+        loss = bind(name, float(scale), group="world", exchange=exchange)(*mine)
+        if gradients:
+            loss.backward()
+    return count["received"], count["sent"], count["peak"], count["control"]

@@ -3,16 +3,8 @@
 import pytest
 import torch
 from group_losses import LOSSES, batch, bind, one_loss, train, upstream
-from processes import Processes
 
 SIZES = {"2": (3, 3), "2-uneven": (4, 1), "4": (2, 2, 2, 2), "4-uneven": (3, 1, 0, 5)}
-
-
-@pytest.fixture(scope="module")
-def four():
-    processes = Processes(4)
-    yield processes
-    processes.close()
 
 
 def truth(name, sizes, dtype, reduction):
