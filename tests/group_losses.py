@@ -62,14 +62,16 @@ def share(rank, sizes, inputs, split):
     ]
 
 
-def one_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False, backend=None):
+def one_loss(
+    rank, name, sizes, dtype, reduction, exchange, compiled=False, backend=None, device="cpu"
+):
     """(loss, input gradients, scale's gradient) of this rank; None outside the group."""
     group = subgroup(len(sizes))
     if rank >= len(sizes):
         return None
     inputs, split, scale = batch(name, sizes, dtype)
-    mine = [x.clone().requires_grad_() for x in share(rank, sizes, inputs, split)]
-    t = scale.clone().requires_grad_()
+    mine = [x.to(device, copy=True).requires_grad_() for x in share(rank, sizes, inputs, split)]
+    t = scale.to(device, copy=True).requires_grad_()
     options = {"reduction": reduction, "group": group, "exchange": exchange, "backend": backend}
     if name == "paired":
         del options["backend"]
@@ -78,12 +80,13 @@ def one_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False, back
         torch._dynamo.reset()
         run = torch.compile(run, fullgraph=True)
     loss = run(*mine)
-    weight = upstream(loss, rank)
+    weight = upstream(loss, rank).to(device)
     (loss * weight).sum().backward()
     fused = None
     if reduction != "none":
-        fused = value_and_grad(bind(name, scale, **options))(*mine)[1]
-    return loss.detach(), [x.grad for x in mine], t.grad, fused
+        fused = value_and_grad(bind(name, t.detach(), **options))(*mine)[1]
+        fused = [x.cpu() for x in fused]
+    return loss.detach().cpu(), [x.grad.cpu() for x in mine], t.grad.cpu(), fused
 
 
 def upstream(loss, rank):

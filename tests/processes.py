@@ -24,11 +24,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-def serve(rank, world, port, timeout, pipe):
+def serve(rank, world, port, timeout, backend, pipe):
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world,
@@ -44,16 +46,16 @@ def serve(rank, world, port, timeout, pipe):
 
 
 class Processes:
-    """Args: how many; the process group's timeout in seconds."""
+    """Args: how many; the process group's timeout in seconds; its backend."""
 
-    def __init__(self, world, timeout=60):
+    def __init__(self, world, timeout=60, backend="gloo"):
         context = mp.get_context("spawn")
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=serve, args=(rank, world, port, timeout, theirs), daemon=True
+                target=serve, args=(rank, world, port, timeout, backend, theirs), daemon=True
             )
             process.start()
             self.pipes.append(ours)
