@@ -251,6 +251,11 @@ class Pairs(NamedTuple):
     where: Where
     t: Tensor | float
 
+    @property
+    def here(self) -> "Pairs":
+        """The same over this process's keys alone."""
+        return Pairs(self.where.here, self.t)
+
     def _how(self, factor: float, form: str, skip: str) -> tuple[Tensor | None, How]:
         if isinstance(self.t, Tensor):
             return self.t, How(self.where, factor, form, skip)

@@ -50,7 +50,8 @@ class NTXentLoss(ContrastiveLoss):
 
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
-        reduction, normalize, backend: as in `nt_xent_loss`.
+        label_smoothing, reduction, normalize, backend: as in `nt_xent_loss`. `sample_weight`,
+            `ids`, `extra_negatives` and `extra_ids` are given at each call.
 
     Example:
         >>> loss = NTXentLoss(temperature=nn.Parameter(torch.tensor(0.5)))
@@ -60,21 +61,24 @@ class NTXentLoss(ContrastiveLoss):
     """
 
     function = staticmethod(functional.nt_xent_loss)
-    options = ("temperature", *ContrastiveLoss.options)
+    options = ("temperature", "label_smoothing", *ContrastiveLoss.options)
 
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
         *,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         normalize: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(reduction, normalize, backend)
+        check.share("label_smoothing", label_smoothing)
         self._set_temperature(temperature)
+        self.label_smoothing = label_smoothing
 
-    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        return type(self).function(z_i, z_j, **self.keywords())
+    def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
+        return type(self).function(z_i, z_j, **self.keywords(), **options)
 
 
 class InfoNCELoss(ContrastiveLoss):
@@ -82,7 +86,9 @@ class InfoNCELoss(ContrastiveLoss):
 
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
-        negative_mode, symmetric, reduction, normalize, backend: as in `info_nce_loss`.
+        negative_mode, symmetric, label_smoothing, reduction, normalize, backend: as in
+            `info_nce_loss`. `sample_weight`, `targets`, `query_ids`, `key_ids`,
+            `extra_negatives` and `extra_ids` are given at each call.
 
     Example:
         >>> InfoNCELoss(0.07)(torch.randn(4, 8), torch.randn(4, 8), torch.randn(32, 8)).shape
@@ -90,7 +96,13 @@ class InfoNCELoss(ContrastiveLoss):
     """
 
     function = staticmethod(functional.info_nce_loss)
-    options = ("temperature", "negative_mode", "symmetric", *ContrastiveLoss.options)
+    options = (
+        "temperature",
+        "negative_mode",
+        "symmetric",
+        "label_smoothing",
+        *ContrastiveLoss.options,
+    )
 
     def __init__(
         self,
@@ -98,6 +110,7 @@ class InfoNCELoss(ContrastiveLoss):
         *,
         negative_mode: str = "unpaired",
         symmetric: bool = False,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         normalize: bool = True,
         backend: str | None = None,
@@ -105,14 +118,20 @@ class InfoNCELoss(ContrastiveLoss):
         super().__init__(reduction, normalize, backend)
         check.word("negative_mode", negative_mode, functional.NEGATIVE_MODES)
         check.flag("symmetric", symmetric)
+        check.share("label_smoothing", label_smoothing)
         self._set_temperature(temperature)
+        self.label_smoothing = label_smoothing
         self.negative_mode = negative_mode
         self.symmetric = symmetric
 
     def forward(
-        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        return type(self).function(query, positive_key, negative_keys, **self.keywords())
+        return type(self).function(query, positive_key, negative_keys, **self.keywords(), **options)
 
 
 class UELLoss(ContrastiveLoss):
@@ -152,7 +171,8 @@ class ClipLoss(ContrastiveLoss):
     """`clip_loss` as a module: `ClipLoss()(image_features, text_features, logit_scale[, bias])`.
 
     Args:
-        reduction, normalize, backend: as in `clip_loss`.
+        label_smoothing, reduction, normalize, backend: as in `clip_loss`. `sample_weight`,
+            `targets`, `ids`, `extra_negatives` and `extra_ids` are given at each call.
 
     Example:
         >>> x, y, scale = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(10.0)
@@ -161,11 +181,19 @@ class ClipLoss(ContrastiveLoss):
     """
 
     function = staticmethod(functional.clip_loss)
+    options = ("label_smoothing", *ContrastiveLoss.options)
 
     def __init__(
-        self, *, reduction: str = "mean", normalize: bool = False, backend: str | None = None
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__(reduction, normalize, backend)
+        check.share("label_smoothing", label_smoothing)
+        self.label_smoothing = label_smoothing
 
     def forward(
         self,
@@ -173,9 +201,10 @@ class ClipLoss(ContrastiveLoss):
         text_features: Tensor,
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         return type(self).function(
-            image_features, text_features, logit_scale, logit_bias, **self.keywords()
+            image_features, text_features, logit_scale, logit_bias, **self.keywords(), **options
         )
 
 

@@ -161,8 +161,7 @@ def extra_blocks(rows: Rows, q: Tensor, ids: Numbered) -> list[Block]:
     if rows.extra is None:
         return []
     both = None if ids.rows is None or ids.extra is None else (ids.rows, ids.extra)
-    here = Pairs(rows.pairs.where.here, rows.t)
-    return [Block(here, q, rows.extra.z, ids=both)]
+    return [Block(rows.pairs.here, q, rows.extra.z, ids=both)]
 
 
 def weights(options: RowOptions, like: Tensor, repeat: int = 1) -> Tensor | None:
