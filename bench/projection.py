@@ -99,9 +99,9 @@ def table(result: dict[str, Any]) -> str:
     facts, rows = result["provenance"], result["rows"][0]["measured_rows"]
     lines = [
         f"NT-Xent with its gradient, {PAIRS:,} pairs on each of {RANKS} ranks "
-        f"({2 * PAIRS * RANKS:,} rows in all), float32, ring. Sweeps measured at {rows:,} x {rows:,} "
-        "pairs on one rank's machine and scaled by the pairs; bytes by the table above; nothing ran "
-        "over a network, and no GPU's times are in it.",
+        f"({2 * PAIRS * RANKS:,} rows in all), float32, ring. Sweeps measured at {rows:,} x "
+        f"{rows:,} pairs on one rank's machine and scaled by the pairs; bytes by the table above; "
+        "nothing ran over a network, and no GPU's times are in it.",
         "",
         "| D | seconds a rank computes | GB received | MB kept (gather: GB) "
         "| slowest link that hides a hop, MB/s | hop beside its sweep at "

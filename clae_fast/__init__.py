@@ -16,23 +16,46 @@ from .batchnorm import (
     convert_dual_batchnorm,
     strip_dual_batchnorm,
 )
-from .functional import clip_loss, info_nce_loss, nt_xent_loss, uel_loss
+from .functional import (
+    clip_loss,
+    dcl_loss,
+    hard_negative_loss,
+    info_nce_loss,
+    negative_mises_fisher_weights,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+    uel_loss,
+)
 from .grad import value_and_grad
 from .graphed import GraphedAttack
-from .losses import ClipLoss, InfoNCELoss, NTXentLoss, UELLoss
+from .losses import (
+    ClipLoss,
+    DCLLoss,
+    HardNegativeLoss,
+    InfoNCELoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+    UELLoss,
+)
 from .step import CLAEOutput, clae_step
 
 __all__ = [
     "CLAEOutput",
     "ClipLoss",
+    "DCLLoss",
     "DualBatchNorm",
     "DualBatchNorm1d",
     "DualBatchNorm2d",
     "DualBatchNorm3d",
     "DualSyncBatchNorm",
     "GraphedAttack",
+    "HardNegativeLoss",
     "InfoNCELoss",
     "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
     "UELLoss",
     "__version__",
     "available_backends",
@@ -40,12 +63,17 @@ __all__ = [
     "clae_step",
     "clip_loss",
     "convert_dual_batchnorm",
+    "dcl_loss",
     "fgsm",
     "frozen",
+    "hard_negative_loss",
     "info_nce_loss",
+    "negative_mises_fisher_weights",
     "nt_xent_loss",
     "pgd",
+    "siglip_loss",
     "strip_dual_batchnorm",
+    "sup_con_loss",
     "uel_loss",
     "use_backend",
     "value_and_grad",

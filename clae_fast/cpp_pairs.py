@@ -242,12 +242,13 @@ def pair_sigmoid(
     col_ids: Tensor | None = None,
     need_dq: bool = False,
     need_dk: bool = False,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.pair_sigmoid`, one to three GEMMs."""
     if bias_tensor is not None:
         bias += float(bias_tensor)
     loss, slope, dq, dk = _pairs(
-        "pair_sigmoid", q, k, scale, scale_tensor, reciprocal, "none", 0, (row_ids, col_ids),
+        "pair_sigmoid", q, k, scale, scale_tensor, reciprocal, "none", offset, (row_ids, col_ids),
         bias=bias, by_row=(None, row_weight), slope=True, dq=need_dq, dk=need_dk,
     )  # fmt: skip
     return loss, slope, dq, dk
@@ -264,10 +265,11 @@ def pair_uel(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     need_dq: bool = False,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`reference.pair_uel`, two GEMMs."""
     loss, _, dq, _ = _pairs(
-        "pair_uel", q, k, scale, scale_tensor, reciprocal, "none", 0, (row_ids, col_ids),
+        "pair_uel", q, k, scale, scale_tensor, reciprocal, "none", offset, (row_ids, col_ids),
         negative_weight=negative_weight, by_row=(None, row_weight), dq=need_dq,
     )  # fmt: skip
     return loss, dq

@@ -24,19 +24,25 @@ from torch import Tensor
 from .contrast_grad import Operands, contrast_grad
 from .exchange import Exchange
 from .numerics import compute_dtype, effective_scale, full_precision
-from .ops import define, fake_contrast
+from .ops import call, define, fake_contrast
 from .process_group import Group, begin
 from .reference.contrast import contrast_rows
 from .reference.sweep import Skip
-from .sweeps import Local, Sweeps
+from .sweeps import Local
 from .uel_blocks import uel_over_blocks
 
 
 class OverGroup:
-    """`Sweeps` over the columns of all ranks."""
+    """`Sweeps` over the columns of all ranks.
 
-    def __init__(self, local: Local, exchange: Exchange) -> None:
-        self.local, self.exchange = local, exchange
+    Args:
+        local: the sweeps over one block.
+        exchange: between the ranks.
+        twins: how many rows a stack of two views has for each that the exchange counts.
+    """
+
+    def __init__(self, local: Local, exchange: Exchange, twins: int = 1) -> None:
+        self.local, self.exchange, self.twins = local, exchange, twins
 
     def _others(
         self, k: Tensor, rules: dict[str, Any], *names: str
@@ -44,7 +50,7 @@ class OverGroup:
         """Each block of the others' columns, and the rules that apply there; sets out at once."""
         travel = [n for n in ("col_ids", *names) if rules.get(n) is not None]
         stay = {n: v for n, v in rules.items() if n not in (*travel, "skip", "offset")}
-        copies = 2 if rules.get("skip") == "twins" else 1
+        copies = self.twins if rules.get("skip") == "twins" else 1
         blocks = self.exchange.others(k, *(rules[n] for n in travel), copies=copies)
         return ((b[0], {**stay, **dict(zip(travel, b[1:], strict=True))}) for b in blocks)
 
@@ -87,17 +93,20 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- the losses
 
 
-def _meet(
+def meet(
     what: str,
     x: Tensor,
     local: Local,
     group: str,
-    exchange: str,
+    exchange: str = "auto",
     flags: Sequence[bool] = (),
-    copies: int = 1,
+    pairs: int | None = None,
     **facts: Any,
 ) -> tuple[OverGroup, list[bool]]:
-    """The ranks meet, and agree on what they compute; and the flags that any of them has set."""
+    """The ranks meet, and agree on what they compute; and the flags that any of them has set.
+
+    x has this rank's columns; `pairs`: it counts so many pairs instead, two rows in a stack.
+    """
     facts = {
         "the width": x.shape[1],
         "the dtype": x.dtype,
@@ -107,8 +116,9 @@ def _meet(
     }
     bits = sum(flag << i for i, flag in enumerate(flags))
     row_bytes = 2 * x.shape[1] * torch.finfo(compute_dtype(x.dtype)).bits // 8
-    met = Exchange(group, what, len(x) // copies, exchange, row_bytes, facts, bits, x.device)
-    return OverGroup(local, met), [bool(met.flags >> i & 1) for i in range(len(flags))]
+    rows, twins = (len(x), 1) if pairs is None else (pairs, 2)
+    met = Exchange(group, what, rows, exchange, row_bytes, facts, bits, x.device)
+    return OverGroup(local, met, twins), [bool(met.flags >> i & 1) for i in range(len(flags))]
 
 
 @torch.no_grad()
@@ -137,13 +147,13 @@ def group_contrast(
     The gradients are of W times that, `dscale` is its own.
     """
     local = Local(scale, scale_tensor, reciprocal, backend)
-    over, (need_q, need_k, need_scale) = _meet(
+    over, (need_q, need_k, need_scale) = meet(
         f"the {form} loss", q, local, group, exchange, (need_dq, need_dk, need_dscale),
-        form=form, normalize=normalize, reduction=reduction,
+        len(q), form=form, normalize=normalize, reduction=reduction,
         negative_keys=-1 if negatives is None else len(negatives),
     )  # fmt: skip
     # A queue is the same on every rank: its columns need no exchange.
-    sweeps: Sweeps = over if negatives is None else local
+    sweeps: OverGroup | Local = over if negatives is None else local
     dtype = compute_dtype(q.dtype)
     rows = Operands.of(q, k, negatives, form, normalize)
     mean: Tensor | None = None
@@ -201,11 +211,11 @@ def group_contrast_grad(
 ) -> tuple[Tensor, ...]:
     """The gradients of all ranks' `sum(weight * loss)`, for "none"; `dscale` of their average."""
     local = Local(scale, scale_tensor, reciprocal, backend)
-    over, (need_q, need_k, need_scale) = _meet(
+    over, (need_q, need_k, need_scale) = meet(
         f"the gradient of the {form} loss", q, local, group, exchange,
-        (need_dq, need_dk, need_dscale), form=form, normalize=normalize,
+        (need_dq, need_dk, need_dscale), len(q), form=form, normalize=normalize,
     )  # fmt: skip
-    sweeps: Sweeps = over if negatives is None else local
+    sweeps: OverGroup | Local = over if negatives is None else local
     need = (need_q, need_k, need_dnegatives and negatives is not None, need_scale)
     found = contrast_grad(
         q, k, negatives, scale, scale_tensor, reciprocal, form, normalize, lse_row, lse_col,
@@ -214,7 +224,7 @@ def group_contrast_grad(
     return tuple(_asked(over, found, (need_dq, need_dk, need_dnegatives, need_dscale), need_scale))
 
 
-def _unscaled(sweeps: Sweeps) -> Callable[..., Tensor]:
+def _unscaled(sweeps: OverGroup | Local) -> Callable[..., Tensor]:
     """`pair_grad` for `contrast_grad`, which would tell it the scale that the sweeps know."""
 
     def grad(q: Tensor, k: Tensor, **rules: Any) -> Tensor:
@@ -250,21 +260,41 @@ def group_uel(
 ) -> tuple[Tensor, Tensor]:
     """`reference.pair_uel` of this rank's rows (2b, D) among all ranks': keys get no gradient."""
     local = Local(scale, scale_tensor, reciprocal, backend)
-    over, (need,) = _meet(
-        "the uel loss", z, local, group, exchange, (need_dq,), copies=2,
-        negative_weight=negative_weight,
-    )  # fmt: skip
-    t = effective_scale(scale, scale_tensor, reciprocal, z.dtype)
+    B = len(z) // 2
+    over, (need,) = meet(
+        "the uel loss", z, local, group, exchange, (need_dq,), B, negative_weight=negative_weight
+    )
+    ranks = over.exchange
+    if ranks.ring:
+        loss, dq = _uel_round(over, z, negative_weight, need)
+    else:
+        keys = torch.cat([ranks.all_rows(half) for half in (z[:B], z[B:])])
+        first = sum(ranks.sizes[: ranks.rank])
+        told = (scale, negative_weight, scale_tensor, reciprocal)
+        parts = [
+            call("pair_uel", half, keys, *told, need_dq=need_dq, offset=at, backend=backend)
+            for half, at in ((z[:B], first), (z[B:], first + len(keys) // 2))
+        ]
+        loss, dq = (torch.cat(x) for x in zip(*parts, strict=True))
+    return loss, dq if need_dq else z.new_empty(0)
+
+
+def _uel_round(
+    over: OverGroup, z: Tensor, negative_weight: float, need_dq: bool
+) -> tuple[Tensor, Tensor]:
+    """UEL with one rank's keys at a time."""
+    local = over.local
+    t = effective_scale(local.scale, local.scale_tensor, local.reciprocal, z.dtype)
     s_pos = (z * z.roll(len(z) // 2, 0)).sum(-1) * t
     lse = over.lse(z, z, skip="twins")
 
     def blocks() -> Iterable[tuple[Tensor, Skip]]:
+        others = over.exchange.others(z, copies=2)
         yield z, Skip("twins", 0, None, None)
-        for (k,) in over.exchange.others(z, copies=2):
+        for (k,) in others:
             yield k, Skip("none", 0, None, None)
 
-    loss, dq = uel_over_blocks(z, s_pos, lse, t, negative_weight, blocks, need)
-    return loss, dq if need_dq else z.new_empty(0)
+    return uel_over_blocks(z, s_pos, lse, t, negative_weight, blocks, need_dq)
 
 
 @torch.no_grad()

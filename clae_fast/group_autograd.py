@@ -1,6 +1,6 @@
 """What a process group adds to the gradients of losses whose rows are this rank's own business."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ def reduce_over_group(rows: Tensor, reduction: str, group: str) -> Tensor:
         return rows
     loss: Tensor = _Reduce.apply(rows, reduction, group)
     return loss
+
+
+@overload
+def shared(x: Tensor, group: str) -> Tensor: ...
+
+
+@overload
+def shared(x: None, group: str) -> None: ...
 
 
 def shared(x: Tensor | None, group: str) -> Tensor | None:

@@ -61,7 +61,8 @@ class NTXentLoss(ContrastiveLoss):
 
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
-        reduction, normalize, backend, group, exchange: as in `nt_xent_loss`.
+        label_smoothing, reduction, normalize, backend, group, exchange: as in `nt_xent_loss`.
+            `sample_weight`, `ids`, `extra_negatives` and `extra_ids` are given at each call.
 
     Example:
         >>> loss = NTXentLoss(temperature=nn.Parameter(torch.tensor(0.5)))
@@ -71,12 +72,13 @@ class NTXentLoss(ContrastiveLoss):
     """
 
     function = staticmethod(functional.nt_xent_loss)
-    options = ("temperature", *ContrastiveLoss.options)
+    options = ("temperature", "label_smoothing", *ContrastiveLoss.options)
 
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
         *,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         normalize: bool = True,
         backend: str | None = None,
@@ -84,10 +86,12 @@ class NTXentLoss(ContrastiveLoss):
         exchange: str = "auto",
     ) -> None:
         super().__init__(reduction, normalize, backend, group, exchange)
+        check.share("label_smoothing", label_smoothing)
         self._set_temperature(temperature)
+        self.label_smoothing = label_smoothing
 
-    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        return type(self).function(z_i, z_j, **self.keywords())
+    def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
+        return type(self).function(z_i, z_j, **self.keywords(), **options)
 
 
 class InfoNCELoss(ContrastiveLoss):
@@ -95,8 +99,9 @@ class InfoNCELoss(ContrastiveLoss):
 
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
-        negative_mode, symmetric, reduction, normalize, backend, group, exchange: as in
-            `info_nce_loss`.
+        negative_mode, symmetric, label_smoothing, reduction, normalize, backend, group, exchange:
+            as in `info_nce_loss`. `sample_weight`, `targets`, `query_ids`, `key_ids`,
+            `extra_negatives` and `extra_ids` are given at each call.
 
     Example:
         >>> InfoNCELoss(0.07)(torch.randn(4, 8), torch.randn(4, 8), torch.randn(32, 8)).shape
@@ -104,7 +109,13 @@ class InfoNCELoss(ContrastiveLoss):
     """
 
     function = staticmethod(functional.info_nce_loss)
-    options = ("temperature", "negative_mode", "symmetric", *ContrastiveLoss.options)
+    options = (
+        "temperature",
+        "negative_mode",
+        "symmetric",
+        "label_smoothing",
+        *ContrastiveLoss.options,
+    )
 
     def __init__(
         self,
@@ -112,6 +123,7 @@ class InfoNCELoss(ContrastiveLoss):
         *,
         negative_mode: str = "unpaired",
         symmetric: bool = False,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         normalize: bool = True,
         backend: str | None = None,
@@ -121,14 +133,20 @@ class InfoNCELoss(ContrastiveLoss):
         super().__init__(reduction, normalize, backend, group, exchange)
         check.word("negative_mode", negative_mode, functional.NEGATIVE_MODES)
         check.flag("symmetric", symmetric)
+        check.share("label_smoothing", label_smoothing)
         self._set_temperature(temperature)
+        self.label_smoothing = label_smoothing
         self.negative_mode = negative_mode
         self.symmetric = symmetric
 
     def forward(
-        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        return type(self).function(query, positive_key, negative_keys, **self.keywords())
+        return type(self).function(query, positive_key, negative_keys, **self.keywords(), **options)
 
 
 class UELLoss(ContrastiveLoss):
@@ -170,7 +188,9 @@ class ClipLoss(ContrastiveLoss):
     """`clip_loss` as a module: `ClipLoss()(image_features, text_features, logit_scale[, bias])`.
 
     Args:
-        reduction, normalize, backend, group, exchange: as in `clip_loss`.
+        label_smoothing, reduction, normalize, backend, group, exchange: as in `clip_loss`.
+            `sample_weight`, `targets`, `ids`, `extra_negatives` and `extra_ids` are given at each
+            call.
 
     Example:
         >>> x, y, scale = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(10.0)
@@ -179,6 +199,49 @@ class ClipLoss(ContrastiveLoss):
     """
 
     function = staticmethod(functional.clip_loss)
+    options = ("label_smoothing", *ContrastiveLoss.options)
+
+    def __init__(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__(reduction, normalize, backend, group, exchange)
+        check.share("label_smoothing", label_smoothing)
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        return type(self).function(
+            image_features, text_features, logit_scale, logit_bias, **self.keywords(), **options
+        )
+
+
+class SigLipLoss(ContrastiveLoss):
+    """`siglip_loss` as a module: `SigLipLoss()(image_features, text_features, scale, bias)`.
+
+    Args:
+        reduction, normalize, backend, group, exchange: as in `siglip_loss`. `positive_ids` and
+            `sample_weight` are given at each call.
+
+    Example:
+        >>> x, y, scale, bias = torch.randn(4, 8), torch.randn(4, 8), 10.0, torch.tensor(-10.0)
+        >>> SigLipLoss(normalize=True)(x, y, scale, bias).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.siglip_loss)
 
     def __init__(
         self,
@@ -196,12 +259,133 @@ class ClipLoss(ContrastiveLoss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None = None,
+        logit_bias: float | Tensor,
+        **options: Any,
     ) -> Tensor:
         return type(self).function(
-            image_features, text_features, logit_scale, logit_bias, **self.keywords()
+            image_features, text_features, logit_scale, logit_bias, **self.keywords(), **options
         )
 
 
-FORWARDS = frozenset(cls.forward for cls in (NTXentLoss, InfoNCELoss, UELLoss, ClipLoss))
+class SupConLoss(ContrastiveLoss):
+    """`sup_con_loss` as a module: `SupConLoss(temperature)(features, labels)`.
+
+    Args:
+        temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
+        label_smoothing, reduction, normalize, backend, group, exchange: as in `sup_con_loss`.
+            `sample_weight` and `extra_negatives` are given at each call.
+
+    Example:
+        >>> SupConLoss()(torch.randn(4, 2, 8), torch.tensor([0, 0, 1, 1])).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.sup_con_loss)
+    options = ("temperature", "label_smoothing", *ContrastiveLoss.options)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__(reduction, normalize, backend, group, exchange)
+        check.share("label_smoothing", label_smoothing)
+        self._set_temperature(temperature)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return type(self).function(features, labels, **self.keywords(), **options)
+
+
+class DCLLoss(ContrastiveLoss):
+    """`dcl_loss` as a module: `DCLLoss(temperature)(z_i, z_j)`.
+
+    Args:
+        temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
+        weight_fn, reduction, normalize, backend, group, exchange: as in `dcl_loss`.
+            `sample_weight`, `ids`, `extra_negatives` and `extra_ids` are given at each call.
+
+    Example:
+        >>> dclw = DCLLoss(weight_fn=negative_mises_fisher_weights())
+        >>> dclw(torch.randn(4, 8), torch.randn(4, 8)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.dcl_loss)
+    options = ("temperature", "weight_fn", *ContrastiveLoss.options)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        weight_fn: functional.WeightFn | None = None,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__(reduction, normalize, backend, group, exchange)
+        if weight_fn is not None:
+            check.function("weight_fn", weight_fn)
+        self._set_temperature(temperature)
+        self.weight_fn = weight_fn
+
+    def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
+        return type(self).function(z_i, z_j, **self.keywords(), **options)
+
+
+class HardNegativeLoss(ContrastiveLoss):
+    """`hard_negative_loss` as a module: `HardNegativeLoss(temperature)(z_i, z_j)`.
+
+    Args:
+        temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
+        beta, tau_plus, reduction, normalize, backend, group, exchange: as in
+            `hard_negative_loss`. `sample_weight`, `ids`, `extra_negatives` and `extra_ids` are
+            given at each call.
+
+    Example:
+        >>> HardNegativeLoss(beta=0.5)(torch.randn(4, 8), torch.randn(4, 8)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.hard_negative_loss)
+    options = ("temperature", "beta", "tau_plus", *ContrastiveLoss.options)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        *,
+        beta: float = 1.0,
+        tau_plus: float = 0.1,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str | None = None,
+        group: Any = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__(reduction, normalize, backend, group, exchange)
+        check.number("beta", beta, at_least=0)
+        check.share("tau_plus", tau_plus)
+        self._set_temperature(temperature)
+        self.beta = beta
+        self.tau_plus = tau_plus
+
+    def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
+        return type(self).function(z_i, z_j, **self.keywords(), **options)
+
+
+FORWARDS = frozenset(
+    cls.forward
+    for cls in (
+        NTXentLoss, InfoNCELoss, UELLoss, ClipLoss, SigLipLoss, SupConLoss, DCLLoss,
+        HardNegativeLoss,
+    )
+)  # fmt: skip
 """What `value_and_grad` may replace by the fused call: a subclass's own forward is not here."""

@@ -29,11 +29,12 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "pair_sigmoid": "(Tensor q, Tensor k, float scale, float bias, Tensor? scale_tensor=None, "
     "bool reciprocal=False, Tensor? bias_tensor=None, Tensor? row_weight=None, "
-    f"{_IDS}, bool need_dq=False, bool need_dk=False, *, str backend='auto')"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_IDS}, bool need_dq=False, bool need_dk=False, int offset=0, *, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
     "pair_uel": "(Tensor q, Tensor k, float scale, float negative_weight, "
     "Tensor? scale_tensor=None, bool reciprocal=False, Tensor? row_weight=None, "
-    f"{_IDS}, bool need_dq=False, *, str backend='auto') -> (Tensor, Tensor)",
+    f"{_IDS}, bool need_dq=False, int offset=0, *, str backend='auto')"
+    " -> (Tensor, Tensor)",
     "contrast": f"(Tensor q, Tensor k, Tensor? negatives, {SCALE}, str form='nt_xent', "
     "bool normalize=True, bool need_dq=False, bool need_dk=False, bool need_dnegatives=False, "
     "bool need_dscale=False, str reduction='none', *, str backend='auto')"

@@ -25,11 +25,33 @@ class Sweeps(Protocol):
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         """`reference.pair_grad` over all columns."""
 
+    def sigmoid(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`reference.pair_sigmoid` over all columns; row i's positive is this process's i."""
+
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over all processes."""
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks; they may differ in number."""
+
+    def start(self, rows: int) -> int:
+        """Where this process's rows begin among those that `gather` returns."""
+
+    def upstream(self, g: Tensor) -> Tensor:
+        """What arrives at a loss that all processes return, as the gradient of this one's share."""
+
+
+class Where(NamedTuple):
+    """Which kernels sweep, and over which processes' keys."""
+
+    backend: str
+    group: str = ""
+    exchange: str = "auto"
+
+    @property
+    def here(self) -> "Where":
+        """The same over this process's keys alone."""
+        return Where(self.backend)
 
 
 class Local(NamedTuple):
@@ -57,8 +79,17 @@ class Local(NamedTuple):
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         return call("pair_grad", q, k, **self._scale(), **rules)
 
+    def sigmoid(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return call("pair_sigmoid", q, k, **self._scale(), **rules)
+
     def total(self, x: Tensor) -> Tensor:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         return x
+
+    def start(self, rows: int) -> int:
+        return 0
+
+    def upstream(self, g: Tensor) -> Tensor:
+        return g

@@ -92,6 +92,13 @@ def number(name: str, value: Any, at_least: float = -math.inf) -> None:
         raise ValueError(f"{name} must be finite{limit}, got {value}")
 
 
+def share(name: str, value: Any) -> None:
+    """A number in [0, 1)."""
+    number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")

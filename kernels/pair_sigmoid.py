@@ -53,7 +53,7 @@ def _sigmoid(
             x, y, x_ptr, x_stride, rows, N, y_ptr, y_stride, cols, M, D, BM, BN, BD, PRECISION
         )  # fmt: skip
         s = s * t + b
-        positive = rows[:, None] == cols[None, :]
+        positive = (rows + offset)[:, None] == cols[None, :]
         out = cols[None, :] >= M
         if row_ids_ptr is not None:
             row_ids = tl.load(row_ids_ptr + rows, mask=rows < N, other=0)
@@ -91,6 +91,7 @@ def pair_sigmoid(
     col_ids: Tensor | None = None,
     need_dq: bool = False,
     need_dk: bool = False,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.pair_sigmoid`."""
 
@@ -113,12 +114,12 @@ def pair_sigmoid(
         return *found, None if dx is None else add_parts(dx, pairs.width)
 
     row_weight = vector(row_weight)
-    scaling = (scale, scale_tensor, reciprocal, "none", 0)
-    pairs = Pairs(q, k, *scaling, row_ids, col_ids)
+    scaling = (scale, scale_tensor, reciprocal, "none")
+    pairs = Pairs(q, k, *scaling, offset, row_ids, col_ids)
     loss, slope, dq = sweep(pairs, True, need_dq, row_weight, None)
     dk = None
     if need_dk:
-        turned = Pairs(k, q, *scaling, col_ids, row_ids)
+        turned = Pairs(k, q, *scaling, -offset, col_ids, row_ids)
         dk = sweep(turned, False, True, None, row_weight)[2]
     return (
         loss + alarm(q, k),

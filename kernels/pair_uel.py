@@ -83,7 +83,7 @@ def _sums(
 @triton.jit
 def _margins(
     q_ptr, k_ptr, top_ptr, total_ptr, parts_index_ptr, log_z_ptr, index_ptr, margin_ptr, log_m,
-    scale, scale_ptr, N, M, q_stride, k_stride, parts,
+    scale, scale_ptr, N, M, offset, q_stride, k_stride, parts,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -97,7 +97,8 @@ def _margins(
         before = top
         top, total, here = add_part(top_ptr, total_ptr, place, rows < N, top, total)
         index = tl.where(here > before, at, index)
-    twin = tl.where(rows < M // 2, rows + M // 2, rows - M // 2)
+    own = rows + offset
+    twin = tl.where(own < M // 2, own + M // 2, own - M // 2)
     positive = tl.zeros((BM,), tl.float32)
     for d in range(0, D, BD):
         at = d + tl.arange(0, BD)
@@ -236,7 +237,8 @@ def _gradient(
     softplus, slope = softplus_and_sigmoid(margin)
     odds_of_positive = tl.where(index < 0, 0.0, tl.exp(log_odds - softplus))
     g_positive = slope + m * (below * tl.exp(-softplus) + odds_of_positive)
-    twin = tl.where(rows < M // 2, rows + M // 2, rows - M // 2)
+    own = rows + offset
+    twin = tl.where(own < M // 2, own + M // 2, own - M // 2)
     other = load_rows(k_ptr, k_stride, twin, M, at, D, BD).to(tl.float32)
     share = tl.where(part == 0, g_positive, 0.0)  # once, whatever the number of parts
     dq = (dq - share[:, None] * other) * t
@@ -258,9 +260,10 @@ def pair_uel(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     need_dq: bool = False,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`reference.pair_uel`."""
-    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, "twins", 0, row_ids, col_ids)
+    pairs = Pairs(q, k, scale, scale_tensor, reciprocal, "twins", offset, row_ids, col_ids)
     N, D, m = pairs.N, pairs.D, float(negative_weight)
     log_m, log_m1 = math.log(m), math.log(m - 1) if m > 1 else -math.inf
     sums, gradient = pairs.config("uel"), pairs.config("elementwise")
@@ -278,7 +281,7 @@ def pair_uel(
     )  # fmt: skip
     launch(
         _margins, rows, pairs.q, pairs.k, top, total, index_of_parts, log_z, index, margin, log_m,
-        *pairs.scale, N, pairs.M, pairs.q.stride(0), pairs.k.stride(0), parts, D, 32, 64,
+        *pairs.scale, *pairs.extents, parts, D, 32, 64,
         pairs.rules["RECIPROCAL"],
     )  # fmt: skip
     launch(

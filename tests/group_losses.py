@@ -10,7 +10,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from clae_fast import clip_loss, info_nce_loss, nt_xent_loss, uel_loss, value_and_grad
+from clae_fast import (
+    clip_loss,
+    dcl_loss,
+    hard_negative_loss,
+    info_nce_loss,
+    negative_mises_fisher_weights,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+    uel_loss,
+    value_and_grad,
+)
 from clae_fast.process_group import Group
 
 LOSSES = {
@@ -192,3 +203,98 @@ def measured_exchange(rank, name, b, exchange, gradients):
         if gradients:
             loss.backward()
     return count["received"], count["sent"], count["peak"], count["control"]
+
+
+# ------------------------------------------------ losses put together from sweeps, and options
+
+
+def family(name, inputs, given, scale, bias, **options):
+    """One of the family's losses on pairs (q, k); `given` are its other tensors."""
+    q, k = inputs[:2]
+    kind, _, option = name.partition("+")
+    told = {o: given[o] for o in option.split(",") if o in given}
+    if option == "smoothing":
+        told["label_smoothing"] = 0.2
+    if kind == "sup_con":
+        features = torch.stack((q, k), 1)
+        return sup_con_loss(features, given["labels"], temperature=scale, **told, **options)
+    if kind == "dcl":
+        return dcl_loss(q, k, temperature=scale, **told, **options)
+    if kind == "dclw":
+        weight_fn = negative_mises_fisher_weights(0.5)
+        return dcl_loss(q, k, temperature=scale, weight_fn=weight_fn, **told, **options)
+    if kind == "hard":
+        return hard_negative_loss(
+            q, k, temperature=scale, beta=0.7, tau_plus=0.05, **told, **options
+        )
+    if kind == "debiased":
+        return hard_negative_loss(q, k, temperature=scale, beta=0.0, **told, **options)
+    if kind == "siglip":
+        return siglip_loss(q, k, 1 / scale, bias, normalize=True, **told, **options)
+    if kind == "nt_xent":
+        return nt_xent_loss(q, k, temperature=scale, **told, **options)
+    if kind == "plain":
+        if "ids" in told:
+            told["query_ids"] = told["key_ids"] = told.pop("ids")
+        return info_nce_loss(q, k, temperature=scale, **told, **options)
+    assert kind == "clip"
+    return clip_loss(q, k, 1 / scale, normalize=True, **told, **options)
+
+
+FAMILY = (
+    "sup_con", "sup_con+sample_weight", "sup_con+smoothing", "dcl", "dcl+ids", "dclw", "hard",
+    "hard+ids", "debiased", "siglip", "siglip+positive_ids", "siglip+sample_weight",
+    "nt_xent+ids", "nt_xent+sample_weight", "nt_xent+smoothing", "nt_xent+extra_negatives",
+    "plain+ids", "plain+smoothing", "plain+targets", "plain+extra_negatives", "clip+ids",
+    "clip+sample_weight", "clip+targets", "clip+smoothing",
+)  # fmt: skip
+STACKED = ("nt_xent", "dcl", "dclw", "hard", "debiased")  # rows of z_i, then of z_j
+
+
+def family_batch(name, sizes, dtype):
+    """The whole batch: (q, k), the other tensors by name, which of those are split by rows."""
+    g = torch.Generator().manual_seed(5)
+    (q, k), _, _ = batch("nt_xent", sizes, dtype)
+    B = len(q)
+    ids = torch.randint(0, max(2, B // 2), (B,), generator=g)
+    given = {
+        "labels": torch.randint(-1, max(1, B // 3), (B,), generator=g),
+        "ids": ids,
+        "positive_ids": ids,
+        "sample_weight": torch.rand(B, generator=g, dtype=torch.float64).to(dtype),
+        "targets": torch.rand(B, B, generator=g, dtype=torch.float64).to(dtype),
+        "extra_negatives": torch.randn(7, q.shape[1], generator=g, dtype=torch.float64).to(dtype),
+    }
+    return [q, k], given
+
+
+def family_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False):
+    """As `one_loss`: (loss, input gradients, gradients of scale, bias and extra negatives)."""
+    group = subgroup(len(sizes))
+    if rank >= len(sizes):
+        return None
+    inputs, given = family_batch(name, sizes, dtype)
+    split = [v is not given["extra_negatives"] for v in given.values()]
+    mine = [x.clone().requires_grad_() for x in share(rank, sizes, inputs, [True, True])]
+    shares = share(rank, sizes, list(given.values()), split)
+    given = dict(zip(given, shares, strict=True))
+    learned = parameters(given, dtype)
+    options = {"reduction": reduction, "group": group, "exchange": exchange}
+
+    def run(*x):
+        return family(name, x, given, *learned[:2], **options)
+
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True)
+    loss = run(*mine)
+    (loss * upstream(loss, rank)).sum().backward()
+    return loss.detach(), [x.grad for x in mine], [x.grad for x in learned]
+
+
+def parameters(given, dtype):
+    """Scale, bias and extra negatives, which may learn."""
+    scale = torch.tensor(0.4, dtype=torch.float64).requires_grad_()
+    bias = torch.tensor(-2.0, dtype=torch.float64).requires_grad_()
+    given["extra_negatives"] = given["extra_negatives"].clone().requires_grad_()
+    return scale, bias, given["extra_negatives"]

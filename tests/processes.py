@@ -61,14 +61,14 @@ class Processes:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function, *args, within=120):
+    def run(self, function, *args, within=60):
         """What `function(rank, *args)` returns on each rank; an exception is raised here."""
         answers = self.answers(function, *args, within=within)
         for rank, (good, answer) in enumerate(answers):
             assert good, f"rank {rank}: {answer}"
         return [answer for _, answer in answers]
 
-    def answers(self, function, *args, within=120):
+    def answers(self, function, *args, within=60):
         """(True, result) or (False, traceback) of each rank; None from one that ended."""
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__name__, args))

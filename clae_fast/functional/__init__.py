@@ -9,18 +9,28 @@ N x M.
 """
 
 from .clip import clip_loss
+from .dcl import WeightFn, dcl_loss, negative_mises_fisher_weights
+from .hard_negative import hard_negative_loss
 from .info_nce import NEGATIVE_MODES, info_nce_loss
 from .nt_xent import nt_xent_loss
 from .plan import PLANS, Plan, add_bias
+from .siglip import siglip_loss
+from .sup_con import sup_con_loss
 from .uel import uel_loss
 
 __all__ = [
     "NEGATIVE_MODES",
     "PLANS",
     "Plan",
+    "WeightFn",
     "add_bias",
     "clip_loss",
+    "dcl_loss",
+    "hard_negative_loss",
     "info_nce_loss",
+    "negative_mises_fisher_weights",
     "nt_xent_loss",
+    "siglip_loss",
+    "sup_con_loss",
     "uel_loss",
 ]

@@ -5,6 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import validation as check
+from ..sweeps import Where
+from . import composed
+from .options import row_options
 from .plan import Plan, Scale, common, contrast, fused
 
 
@@ -15,6 +18,12 @@ def clip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    sample_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    targets: Tensor | None = None,
+    ids: Tensor | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
     backend: str | None = None,
@@ -34,6 +43,15 @@ def clip_loss(
             logarithm; gets its gradient.
         logit_bias: None, a number or a one-element tensor. It cancels in the softmax: its gradient
             is zero, and exists.
+        sample_weight: (B,): weights of the pairs, in both directions: see `nt_xent_loss`.
+        label_smoothing: see `nt_xent_loss`.
+        targets: None: each image's own text. (B, B), dense, sparse COO or sparse CSR, constant: how
+            much of each text (column) is each image's target; transposed for the texts. Rows need
+            not sum to 1: `loss_i = sum_j y_ij (log sum_k e^{s_ik} - s_ij)`.
+        ids: see `nt_xent_loss`; not together with targets.
+        extra_negatives: (M, D): texts beside the batch's (hard captions, say), which all images
+            meet and which look for no image themselves.
+        extra_ids: see `nt_xent_loss`.
         reduction: "mean" over both directions of all rows, "sum", or "none" for (B, 2): images,
             texts.
         normalize: divide each row by its L2 norm first.
@@ -80,6 +98,16 @@ def clip_loss(
         scale = (1.0, logit_scale, False)
     else:
         scale = (float(logit_scale), None, False)
+    asked = (sample_weight, targets, ids, extra_negatives, extra_ids)
+    if label_smoothing or any(x is not None for x in asked):
+        rows = row_options(
+            "image_features", image_features, image_features.shape[0], ids=ids, targets=targets,
+            target_columns=None if place[1] else image_features.shape[0],
+            sample_weight=sample_weight, label_smoothing=label_smoothing,
+            extra_negatives=extra_negatives, extra_ids=extra_ids,
+        )  # fmt: skip
+        args = (image_features, text_features, scale, normalize, rows, reduction, Where(*place))
+        return Plan(composed.both_ways, args, reduction, bias=bias)
     options = ("two_way", normalize, reduction, *place)
     return contrast(
         image_features, text_features, None, scale, *options, slots=(0, 1, 3, None), bias=bias

@@ -16,6 +16,9 @@ from ..numerics import (
     softplus,
     unit_rows,
 )
+from ..sweeps import Where
+from . import composed
+from .options import row_options
 from .plan import Plan, common, contrast, fused, reciprocal_scale
 
 NEGATIVE_MODES = ("unpaired", "paired")
@@ -30,6 +33,13 @@ def info_nce_loss(
     temperature: float | Tensor = 0.1,
     negative_mode: str = "unpaired",
     symmetric: bool = False,
+    sample_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    targets: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
@@ -52,6 +62,16 @@ def info_nce_loss(
         temperature: positive number, or a one-element float tensor (see `nt_xent_loss`).
         negative_mode: "unpaired" or "paired" (plain PyTorch, memory N x M x D as its input has).
         symmetric: also let each key find its query, as CLIP does; without `negative_keys` only.
+        sample_weight, label_smoothing: see `nt_xent_loss`; a weight (N,) is a query's, and its
+            key's if symmetric.
+        targets: None: each query's own key. (N, N), dense, sparse COO or sparse CSR, constant: how
+            much of each key (column) is each query's target; (N, 1 + M) with a queue, the own key
+            first. See `clip_loss`.
+        query_ids, key_ids: (N,) and, of the keys that are negatives, (N,) or (M,), of any integer
+            type: keys with the id of a query are none of its negatives, its own key stays its
+            positive. Not together with targets.
+        extra_negatives: (M', D): keys beside the batch's or the queue, which all queries meet.
+        extra_ids: (M',): see `nt_xent_loss`.
         reduction: "mean" over all rows, "sum", or "none": (N,), or (N, 2) if symmetric (queries,
             keys).
         normalize: divide each row by its L2 norm first.
@@ -88,6 +108,8 @@ def info_nce_loss(
     check.flag("symmetric", symmetric)
     place = common(reduction, normalize, backend, group, exchange)
     scale = reciprocal_scale(temperature)
+    given = (sample_weight, targets, query_ids, key_ids, extra_negatives, extra_ids)
+    asked = bool(label_smoothing) or any(x is not None for x in given)
     if negative_keys is None:
         if negative_mode == "paired":
             raise ValueError('negative_mode="paired" needs negative_keys (N, M, D), got None')
@@ -108,8 +130,29 @@ def info_nce_loss(
                 f'negative_keys must be ({N}, M, {D}) with negative_mode="paired", got '
                 f"{tuple(negative_keys.shape)}"
             )
+        if asked:
+            raise ValueError(
+                'negative_mode="paired" takes none of sample_weight, label_smoothing, targets, '
+                "query_ids, key_ids, extra_negatives and extra_ids; got one of them (weight the "
+                'rows of reduction="none" instead)'
+            )
         args = (query, positive_key, negative_keys, *scale, normalize, reduction, place[1])
         return Plan(_paired_loss, args, reduction)
+    if asked:
+        columns = negative_keys.shape[0] if negative_keys is not None else None
+        target_columns = None if columns is None else 1 + columns
+        if columns is None and not place[1]:
+            target_columns = query.shape[0]
+        rows = row_options(
+            "query", query, query.shape[0], sample_weight=sample_weight, targets=targets,
+            label_smoothing=label_smoothing, query_ids=query_ids, key_ids=key_ids,
+            columns=columns, extra_negatives=extra_negatives, extra_ids=extra_ids,
+            target_columns=target_columns,
+        )  # fmt: skip
+        told = (scale, normalize, rows, reduction, Where(*place))
+        if symmetric:
+            return Plan(composed.both_ways, (query, positive_key, *told), reduction)
+        return Plan(composed.info_nce, (query, positive_key, negative_keys, *told), reduction)
     options = ("two_way" if symmetric else "one_way", normalize, reduction, *place)
     return contrast(query, positive_key, negative_keys, scale, *options, slots=(0, 1, 2))
 

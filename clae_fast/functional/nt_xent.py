@@ -5,6 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import validation as check
+from ..sweeps import Where
+from . import composed
+from .options import row_options
 from .plan import Plan, common, contrast, fused, reciprocal_scale
 
 
@@ -14,6 +17,11 @@ def nt_xent_loss(
     z_j: Tensor,
     *,
     temperature: float | Tensor = 0.5,
+    sample_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ids: Tensor | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
@@ -33,6 +41,15 @@ def nt_xent_loss(
         z_j: (B, D) embeddings of the second views, same dtype and device.
         temperature: positive number, or a one-element float tensor, which gets its gradient if it
             requires one; its value is not checked, as that would wait for a GPU (0 gives NaN).
+        sample_weight: (B,): weights of the pairs, for both rows of each. "mean" is then
+            `sum_r w_r loss_r / sum_r w_r`, "sum" and "none" are of `w_r loss_r`.
+        label_smoothing: e in [0, 1): `1 - e` of each row's target on its twin, e spread evenly over
+            all columns that it meets, the twin among them.
+        ids: (B,) of any integer type: pairs of equal ids (two crops of one image, two copies of a
+            text) are no negatives of each other. A row's own twin stays its positive.
+        extra_negatives: (M, D): more negatives for every row, beside the batch's; they get their
+            gradient if they require one.
+        extra_ids: (M,), where `ids` are given: left out of rows of equal ids.
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first, in the same pass.
         backend: None (the best there is), or as in `use_backend`.
@@ -66,5 +83,13 @@ def nt_xent_loss(
     check.embeddings("z_i", z_i, "z_j", z_j, empty=group is not None)
     check.positive_scalar("temperature", temperature, z_i)
     place = common(reduction, normalize, backend, group, exchange)
+    asked = (sample_weight, ids, extra_negatives, extra_ids)
+    if label_smoothing or any(x is not None for x in asked):
+        rows = row_options(
+            "z_i", z_i, z_i.shape[0], sample_weight=sample_weight, ids=ids,
+            label_smoothing=label_smoothing, extra_negatives=extra_negatives, extra_ids=extra_ids,
+        )  # fmt: skip
+        args = (z_i, z_j, reciprocal_scale(temperature), normalize, rows, reduction, Where(*place))
+        return Plan(composed.nt_xent, args, reduction)
     options = ("nt_xent", normalize, reduction, *place)
     return contrast(z_i, z_j, None, reciprocal_scale(temperature), *options, slots=(0, 1))

@@ -23,22 +23,24 @@ def pair_sigmoid(
     col_ids: Tensor | None = None,
     need_dq: bool = False,
     need_dk: bool = False,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sigmoid loss of every pair (SigLIP, arXiv 2303.15343): `loss_i = sum_j log(1 + e^(-y s_ij))`.
 
-    `s_ij = t <q_i, k_j> + bias`, `y = +1` for i = j and -1 elsewhere; other pairs with equal ids
-    are left out. Returns the loss (N,), `g_i = row_weight_i sum_j dloss_i/ds_ij` (N,) whose sum is
-    the gradient of the bias, and `dq` (N, D), `dk` (M, D) of `sum_i row_weight_i loss_i`.
+    `s_ij = t <q_i, k_j> + bias`, `y = +1` for j = i + offset and -1 elsewhere; other pairs with
+    equal ids are left out. Returns the loss (N,), `g_i = row_weight_i sum_j dloss_i/ds_ij` (N,)
+    whose sum is the gradient of the bias, and `dq` (N, D), `dk` (M, D) of
+    `sum_i row_weight_i loss_i`.
     """
     q, k, t = operands(q, k, scale, scale_tensor, reciprocal)
     b = bias if bias_tensor is None else bias + bias_tensor.to(q.dtype).reshape(())
     weight = q.new_ones(q.shape[0]) if row_weight is None else row_weight
-    diagonal = Skip("diagonal", 0, None, None)
 
     def sweep(
         x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None, transposed: bool
     ) -> tuple[Tensor, ...]:
         same_ids = Skip("none", 0, x_ids, y_ids)
+        diagonal = Skip("diagonal", -offset if transposed else offset, None, None)
 
         def rows(start: int, stop: int) -> tuple[Tensor, ...]:
             positive = diagonal.mask(start, stop, y.shape[0], x.device)

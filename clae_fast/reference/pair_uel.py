@@ -21,24 +21,26 @@ def pair_uel(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     need_dq: bool = False,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Instance discrimination of UEL (Ye et al., CVPR 2019) on stacked views `q = k` (2B, D):
-    an even number of rows.
+    """Instance discrimination of UEL (Ye et al., CVPR 2019) on stacked views k (2B, D), an even
+    number of rows, of which q (N, D) are those from `offset` on.
 
     With `m = negative_weight`, the positive `+` and the negatives `j` of row i,
 
         p_ij = e^(s_ij) / (e^(s_i+) + m sum_j e^(s_ij))
         loss_i = -log p_i+ - m sum_j log(1 - p_ij)
 
-    The keys are constants. Returns the loss (2B,) and `dq` (2B, D) of `sum_i row_weight_i loss_i`.
+    The keys are constants. Returns the loss (N,) and `dq` (N, D) of `sum_i row_weight_i loss_i`.
     Only the largest negative can have p > 1/2, where 1 - p cancels: its complement is summed
     without it.
     """
     q, k, t = operands(q, k, scale, scale_tensor, reciprocal)
     k = k.detach()
-    k_pos = k.roll(k.shape[0] // 2, 0)
+    own = torch.arange(offset, offset + q.shape[0], device=q.device)
+    k_pos = k[(own + k.shape[0] // 2) % max(k.shape[0], 1)]
     s_pos = (q * k_pos).sum(-1) * t
-    left_out = Skip("twins", 0, row_ids, col_ids)
+    left_out = Skip("twins", offset, row_ids, col_ids)
     m, log_m = negative_weight, math.log(negative_weight)
     log_m1 = math.log(m - 1) if m > 1 else -math.inf
 

@@ -49,8 +49,9 @@ std::int64_t pairs(std::int64_t op, Tensor q, Tensor k, double scale, double bia
   const Matrix a = matrix(q, "q"), b = matrix(k, "k");
   STD_TORCH_CHECK(q.size(1) == k.size(1) && a.kind == b.kind, "pairs: q and k must be alike");
   const PairOp which = static_cast<PairOp>(op);
-  STD_TORCH_CHECK(which != PairOp::kUel || a.rows == b.rows,
-                  "pairs: pair_uel needs as many keys as rows");
+  STD_TORCH_CHECK(
+      which != PairOp::kUel || (offset >= 0 && offset <= b.rows && a.rows <= b.rows - offset),
+      "pairs: pair_uel needs a key for each row");
   const auto go = [&](auto zero) {
     using C = decltype(zero);
     PairArguments<C> arg{

@@ -157,8 +157,9 @@ class PairSweep {
     };
     const std::size_t lines = std::size_t(kUelRows) * std::size_t(k_.x.padded) * sizeof(C) / 64;
     const std::unique_ptr<Line[]> scores(new Line[lines]);
-    const Uel<C> u{sweep_.row,           sweep_.col,      arg_.width, sweep_.scale,
-                   arg_.negative_weight, arg_.row_weight, arg_.rows,  arg_.dq != nullptr};
+    const Uel<C> u{sweep_.row,   sweep_.col,           arg_.width,
+                   sweep_.scale, arg_.negative_weight, arg_.row_weight,
+                   arg_.rows,    arg_.offset,          arg_.dq != nullptr};
     uel_rows(isa_, u, task * kUelRows, scores[0].of, buffer);
   }
 

@@ -138,7 +138,8 @@ struct Uel {
   double m;
   const C* row_weight;  // null: 1
   C* loss;
-  bool need_dq;  // row.gradient: the gradient over t
+  std::int64_t offset;  // of row 0 among the keys
+  bool need_dq;         // row.gradient: the gradient over t
 };
 
 // buffer: kBuffer elements, aligned to 64 bytes: a tile, and the same in bfloat16 behind it.

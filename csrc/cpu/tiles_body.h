@@ -379,7 +379,7 @@ static void sigmoid_tile(const Sweep<C>& s, std::int64_t I, std::int64_t J, C* t
   dot_tile(s, I, J, tile);
   for (std::int64_t i = 0; i < rows; ++i) {
     C* x = tile + i * kEdge;
-    const std::int64_t own = i0 + i - j0;
+    const std::int64_t own = i0 + i + s.offset - j0;
     for (std::int64_t j = 0; j < cols; j += kLanes<C>) at(x + j) = at(x + j) * s.scale + s.bias;
     const bool here = own >= 0 && own < cols;
     const C positive = here ? -x[own] : C(0);

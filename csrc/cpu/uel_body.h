@@ -33,12 +33,12 @@ static void uel_scores(const Uel<C>& u, std::int64_t begin, std::int64_t rows, s
   for (std::int64_t r = 0; r < rows; ++r) {
     C* x = scores + r * padded;
     for (std::int64_t j = 0; j < padded; j += kLanes<C>) at(x + j) *= u.scale;
-    const std::int64_t own = begin + r;
+    const std::int64_t own = begin + r + u.offset;
     for (std::int64_t j = M; j < padded; ++j) x[j] = out;
     if (own < M) x[own] = out;
     if (M > 0) x[(own + half) % M] = out;
     if (u.row.ids != nullptr && u.col.ids != nullptr) {
-      for (std::int64_t j = 0; j < M; ++j) x[j] = u.col.ids[j] == u.row.ids[own] ? out : x[j];
+      for (std::int64_t j = 0; j < M; ++j) x[j] = u.col.ids[j] == u.row.ids[begin + r] ? out : x[j];
     }
   }
 }
@@ -115,7 +115,7 @@ static void uel_rows(const Uel<C>& u, std::int64_t begin, C* scores, C* buffer) 
   uel_scores(u, begin, rows, padded, scores);
   C pull[kUelRows] = {};
   for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t positive = (begin + r + M / 2) % M;
+    const std::int64_t positive = (begin + r + u.offset + M / 2) % M;
     const C s_pos =
         u.scale * packed_cosine(u.row.x.blocks + (begin + r) * kPanel, own_apart,
                                 u.col.x.blocks + positive * kPanel, apart, u.width, false);
@@ -134,7 +134,7 @@ static void uel_rows(const Uel<C>& u, std::int64_t begin, C* scores, C* buffer) 
                          u.row.gradient + begin * kPanel, own_apart, blocks);
   }
   for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t positive = (begin + r + M / 2) % M;
+    const std::int64_t positive = (begin + r + u.offset + M / 2) % M;
     const C weight = u.row_weight == nullptr ? C(1) : u.row_weight[begin + r];
     for (std::int64_t block = 0; block < blocks; ++block) {
       C* dq = u.row.gradient + (block * u.row.x.padded + begin + r) * kPanel;

@@ -1,0 +1,184 @@
+"""NT-Xent, InfoNCE and CLIP with options that the fused operator does not know.
+
+    loss_i = T_i log(1 + e^(lse_i - s_i+)) + t <q_i, T_i k_i+ - sum_j y_ij k_j>
+
+with the target y, T its sum: the first term is the cross-entropy of the positive, which stands
+apart, the second is 0 without targets and smoothing, and needs no sweep.
+"""
+
+import torch
+from torch import Tensor
+
+from ..composite import combined
+from ..numerics import cosine, full_precision, softplus
+from ..softmax_rows import Block, linear, negatives_lse, smoothing
+from ..sweeps import Where
+from .options import RowOptions, Rows, extra_blocks, numbered, prepare, weights
+from .plan import Scale
+from .stacked import stacked_blocks
+
+
+def _row_loss(
+    rows: Rows,
+    q: Tensor,
+    positive: Tensor,
+    cos: Tensor,
+    lse: Tensor,
+    blocks: list[Block],
+    smooth: float,
+    target: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Rows of the loss. `target`: its sum (N,) and `sum_j y_ij k_j` (N, D)."""
+    loss = softplus(lse - cos * rows.t)
+    if target is not None:
+        whole, mixed = target
+        apart = linear(q, whole[:, None] * positive - mixed, rows.t)
+        loss = ((1 - smooth) * whole + smooth) * loss + (1 - smooth) * apart
+    if smooth:
+        keys = torch.stack([b.keys() for b in blocks]).sum(0)
+        number = torch.stack([b.number() for b in blocks]).sum(0)
+        loss = loss + smooth * smoothing(q, positive, keys, number, rows.t)
+    return loss
+
+
+@full_precision
+def nt_xent(
+    z_i: Tensor,
+    z_j: Tensor,
+    scale: Scale,
+    normalize: bool,
+    options: RowOptions,
+    reduction: str,
+    where: Where,
+) -> Tensor:
+    rows = prepare(scale, normalize, where, options.extra_negatives, z_i, z_j)
+    u_i, u_j = rows.units
+    blocks = stacked_blocks(rows, options)
+    z, twins = torch.cat((u_i.z, u_j.z)), torch.cat((u_j.z, u_i.z))
+    cos = cosine(u_i, u_j)
+    lse = negatives_lse(blocks)
+    smooth = options.label_smoothing
+    loss = _row_loss(rows, z, twins, torch.cat((cos, cos)), lse, blocks, smooth)
+    return rows.pairs.reduce(loss + rows.alarm, weights(options, loss, 2), reduction)
+
+
+@full_precision
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    scale: Scale,
+    normalize: bool,
+    options: RowOptions,
+    reduction: str,
+    where: Where,
+) -> Tensor:
+    """One direction; `negative_keys` in the place of the batch's."""
+    beside = () if negative_keys is None else (negative_keys,)
+    rows = prepare(scale, normalize, where, options.extra_negatives, query, positive_key, *beside)
+    q, k = (u.z for u in rows.units[:2])
+    ids = numbered(rows.pairs, options)
+    both = None if ids.rows is None or ids.columns is None else (ids.rows, ids.columns)
+    if negative_keys is None:
+        own = () if ids.columns is None else (ids.columns.here,)
+        block = Block(rows.pairs, q, k, skip="diagonal", ids=both, own=(k,), own_ids=own)
+    else:
+        block = Block(rows.pairs.here, q, rows.units[2].z, ids=both)
+    blocks = [block, *extra_blocks(rows, q, ids)]
+    target = None
+    if options.targets is not None:
+        columns = rows.pairs.gather(k) if negative_keys is None else rows.units[2].z
+        y = _as_matrix(options.targets, k.dtype)
+        if negative_keys is None:
+            target = _sum_of_rows(y), _product(y, columns)
+        else:
+            first = _column(y, 0)
+            target = _sum_of_rows(y), first * k + _product(_columns_after(y, 1), columns)
+    loss = _row_loss(
+        rows, q, k, cosine(*rows.units[:2]), negatives_lse(blocks), blocks,
+        options.label_smoothing, target,
+    )  # fmt: skip
+    return rows.pairs.reduce(loss + rows.alarm, weights(options, loss), reduction)
+
+
+@full_precision
+def both_ways(
+    q: Tensor,
+    k: Tensor,
+    scale: Scale,
+    normalize: bool,
+    options: RowOptions,
+    reduction: str,
+    where: Where,
+) -> Tensor:
+    """Rows (B, 2): of each query, then of each key. The extra negatives are keys."""
+    rows = prepare(scale, normalize, where, options.extra_negatives, q, k)
+    pairs, (uq, uk) = rows.pairs, rows.units
+    ids = numbered(pairs, options)
+    narrow = () if ids.rows is None or ids.columns is None else (ids.rows, ids.columns)
+    lse = pairs.lse(uq.z, uk.z, *(i.narrow for i in narrow), form="two_way", skip="diagonal")
+    by_row, by_col = lse.unbind(1)
+    extra = extra_blocks(rows, uq.z, ids)
+    cos = cosine(uq, uk)
+    sides = []
+    for a, b, order, of, more in (
+        (uq.z, uk.z, narrow, by_row, extra),
+        (uk.z, uq.z, narrow[::-1], by_col, []),
+    ):
+        both = (order[0], order[1]) if order else None
+        own = tuple(i.here for i in order[1:])
+        block = Block(pairs, a, b, skip="diagonal", ids=both, own=(b,), own_ids=own)
+        sides.append((a, b, combined(of, *(e.lse() for e in more)), [block, *more]))
+    targets = _two_targets(rows, options.targets, uq.z, uk.z)
+    loss = torch.stack(
+        [
+            _row_loss(rows, a, b, cos, of, blocks, options.label_smoothing, target)
+            for (a, b, of, blocks), target in zip(sides, targets, strict=True)
+        ],
+        1,
+    )
+    return pairs.reduce(loss + rows.alarm, weights(options, loss), reduction)
+
+
+def _two_targets(
+    rows: Rows, targets: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """The targets of queries, and, transposed, of keys: other processes hold their share."""
+    if targets is None:
+        return None, None
+    y, pairs = _as_matrix(targets, q.dtype), rows.pairs
+    by_query = _sum_of_rows(y), _product(y, pairs.gather(k))
+    transposed = y.t()
+    start = pairs.sweeps.start(len(k))
+    mine = slice(start, start + len(k))
+    whole, mixed = _sum_of_rows(transposed), _product(transposed, q)
+    return by_query, (pairs.total(whole)[mine], pairs.total(mixed)[mine])
+
+
+def _as_matrix(targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense or sparse COO, in the dtype of the arithmetic."""
+    if targets.layout == torch.sparse_csr:
+        targets = targets.to_sparse_coo()
+    return targets.to(dtype)
+
+
+def _product(y: Tensor, keys: Tensor) -> Tensor:
+    if y.shape[1] != len(keys):
+        raise ValueError(
+            f"targets must have a column for each key of all ranks, ({y.shape[0]}, {len(keys)}), "
+            f"got {tuple(y.shape)}"
+        )
+    return torch.sparse.mm(y, keys) if y.is_sparse else y @ keys
+
+
+def _sum_of_rows(y: Tensor) -> Tensor:
+    return torch.sparse.sum(y, 1).to_dense() if y.is_sparse else y.sum(1)
+
+
+def _column(y: Tensor, j: int) -> Tensor:
+    """(N, 1)."""
+    return y.select(1, j).to_dense()[:, None] if y.is_sparse else y[:, j : j + 1]
+
+
+def _columns_after(y: Tensor, j: int) -> Tensor:
+    return y.coalesce().narrow_copy(1, j, y.shape[1] - j) if y.is_sparse else y[:, j:]

@@ -1,0 +1,182 @@
+"""The sigmoid loss of SigLIP."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import validation as check
+from ..classes import Ids, dense_ids
+from ..composite import Pairs
+from ..group_autograd import shared
+from ..numerics import full_precision, softplus
+from ..sweeps import Where
+from .options import RowOptions, integers, prepare, row_options, weights
+from .plan import Plan, Scale, common, fused
+
+CHUNK_ROWS = 256
+
+
+@fused
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    positive_ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str | None = None,
+    group: Any = None,
+    exchange: str = "auto",
+) -> Plan:
+    r"""SigLIP: each image-text pair on its own is told to match or not to.
+
+    With `s_ij = logit_scale <image_i, text_j> + logit_bias` and `y_ij` = 1 where i = j (or their
+    ids are equal), else -1,
+
+        loss_i = sum_j log(1 + e^{-y_ij s_ij})
+
+    Args:
+        image_features: (B, D), usually normalised by the model.
+        text_features: (B, D), same dtype and device.
+        logit_scale: positive number or one-element float tensor: the scale itself, not its
+            logarithm; gets its gradient.
+        logit_bias: a number or a one-element float tensor, which gets its gradient.
+        positive_ids: None, or (B,) of any integer type: pairs of equal ids are positives too.
+            Finding them waits for a GPU, and ends a `torch.compile` graph.
+        sample_weight: (B,), weights of the images: see `nt_xent_loss`.
+        reduction: "mean" over the B images (of the sum over all texts), "sum", or "none" for (B,).
+        normalize: divide each row by its L2 norm first.
+        backend: None, or as in `use_backend`.
+        group: None: the batch is this process's. "world" or a torch.distributed ProcessGroup: it is
+            that of all ranks, each with its own rows, of any number. Every rank gets the mean or
+            sum of all rows and gradients whose average over the ranks (DDP's) is the whole
+            batch's; with "none" its own rows. All must call, and weight the result alike.
+        exchange: of keys between ranks: "gather" (all at once), "ring" (one rank's at a time: least
+            memory), or "auto", by size.
+
+    Returns:
+        The loss, 0-dim or (B,).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+
+    Equivalent to::
+
+        s = logit_scale * image_features @ text_features.T + logit_bias
+        y = 2 * torch.eye(B) - 1
+        -F.logsigmoid(y * s).sum() / B
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, equation 1 and
+    algorithm 1.
+
+    Example:
+        >>> x, y, bias = torch.randn(8, 16), torch.randn(8, 16), torch.tensor(-10.0)
+        >>> siglip_loss(x, y, 10.0, bias, normalize=True, reduction="none").shape
+        torch.Size([8])
+    """
+    names, empty = ("image_features", "text_features"), group is not None
+    check.embeddings(names[0], image_features, names[1], text_features, empty=empty)
+    check.positive_scalar("logit_scale", logit_scale, image_features)
+    if isinstance(logit_bias, Tensor):
+        check.one_element("logit_bias", logit_bias, image_features)
+    else:
+        check.number("logit_bias", logit_bias)
+    samples = image_features.shape[0]
+    if positive_ids is not None:
+        integers("positive_ids", positive_ids, samples, image_features)
+    place = common(reduction, normalize, backend, group, exchange)
+    options = row_options("image_features", image_features, samples, sample_weight=sample_weight)
+    scale: Scale
+    if isinstance(logit_scale, Tensor):
+        scale = (1.0, logit_scale, False)
+    else:
+        scale = (float(logit_scale), None, False)
+    args = (
+        image_features, text_features, scale, logit_bias, normalize, positive_ids, options,
+        reduction, Where(*place),
+    )  # fmt: skip
+    return Plan(_loss, args, reduction)
+
+
+@full_precision
+def _loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Scale,
+    logit_bias: float | Tensor,
+    normalize: bool,
+    positive_ids: Tensor | None,
+    options: RowOptions,
+    reduction: str,
+    where: Where,
+) -> Tensor:
+    rows = prepare(scale, normalize, where, None, image_features, text_features)
+    pairs, (x, y) = rows.pairs, rows.units
+    dtype = x.z.dtype
+    bias = (
+        logit_bias.to(dtype).reshape(())
+        if isinstance(logit_bias, Tensor)
+        else torch.tensor(logit_bias, dtype=dtype, device=x.z.device)
+    )
+    if where.group:
+        bias = shared(bias, where.group)
+    extra: Tensor | None = None
+    both: tuple[Tensor | None, Tensor | None] = (None, None)
+    if positive_ids is not None:
+        (ids,) = dense_ids(pairs, positive_ids)
+        both = (ids.narrow, ids.narrow)
+        extra = _other_positives(pairs, x.z, y.z, ids, bias)
+    weight = weights(options, x.z)
+    if reduction == "none":
+        loss = pairs.sigmoid(x.z, y.z, bias, *both)
+        loss = loss if extra is None else loss + extra
+        return (loss if weight is None else loss * weight) + rows.alarm
+    # The weights of the sum are known: its gradients come from the same sweep.
+    one = x.z.new_ones(len(x.z))
+    weight = pairs.mean_weights(one, weight, reduction)
+    weight = one if weight is None else weight
+    loss = pairs.sigmoid(x.z, y.z, bias, *both, weight=weight)
+    loss = loss if extra is None else loss + (extra * weight).sum()
+    return pairs.objective(loss + rows.alarm)
+
+
+def _other_positives(pairs: Pairs, q: Tensor, k: Tensor, ids: Ids, bias: Tensor) -> Tensor:
+    """`sum_j log(1 + e^(-s_ij))` over j != i with the id of row i, (N,).
+
+    In the order of ids these pairs lie in blocks on the diagonal: rows, a few at a time, meet the
+    columns of their own ids alone.
+    """
+    k = pairs.gather(k)
+    start = pairs.sweeps.start(len(q))
+    if not len(q):  # a part of the graph all the same: the ranks meet in its backward
+        return (q @ k.mT).sum(-1)
+    row_ids, row_order = ids.here.sort(stable=True)
+    col_ids, col_order = ids.everywhere.sort(stable=True)
+    first = torch.searchsorted(col_ids, row_ids)
+    last = torch.searchsorted(col_ids, row_ids, right=True)
+    heads = list(range(0, len(q), CHUNK_ROWS))
+    tails = [min(a + CHUNK_ROWS, len(q)) for a in heads]
+    q, k = q[row_order], k[col_order]
+
+    def rows(q: Tensor, k: Tensor, a: int, b: int, c: int, d: int) -> Tensor:
+        s = (q @ k.mT) * pairs.t + bias
+        allowed = (row_ids[a:b, None] == col_ids[c:d]) & (
+            row_order[a:b, None] + start != col_order[c:d]
+        )
+        return softplus(torch.where(allowed, -s, -math.inf)).sum(-1)
+
+    parts = []
+    spans = (heads, tails, first[heads].tolist(), last[[b - 1 for b in tails]].tolist())
+    for a, b, c, d in zip(*spans, strict=True):
+        args = (q[a:b], k[c:d], a, b, c, d)
+        if torch.is_grad_enabled():  # recomputed: where all ids are equal these are all pairs
+            parts.append(checkpoint(rows, *args, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(rows(*args))
+    return torch.cat(parts)[row_order.argsort()]

@@ -1,0 +1,274 @@
+"""Sweeps over the columns of all ranks as operators: `torch.compile` sees one node for each.
+
+What `distributed.py` is to the fused losses, this is to those that `composite.py` puts together.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .distributed import OverGroup, meet
+from .ops import call, define
+from .process_group import Group, begin, resolve
+from .sweeps import Local, Sweeps, Where
+
+
+class GroupSweeps(NamedTuple):
+    """`Sweeps` over the columns of all ranks of a group."""
+
+    scale: float
+    scale_tensor: Tensor | None
+    backend: str
+    group: str
+    exchange: str
+
+    def _call(self, op: str, q: Tensor, k: Tensor, rules: dict[str, Any], *names: str) -> Any:
+        told = [rules.get(name) for name in names]
+        place = (self.group, self.exchange)
+        return call(op, q, k, self.scale, self.scale_tensor, *told, *place, backend=self.backend)
+
+    def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        return self._call("group_lse", q, k, rules, "skip", "row_ids", "col_ids")
+
+    def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
+        return self._call("group_mean", q, k, rules, "skip", "row_ids", "col_ids")
+
+    def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
+        names = ("row_lse", "row_weight", "col_lse", "col_weight")
+        return self._call("group_grad", q, k, rules, "skip", "row_ids", "col_ids", *names)
+
+    def sigmoid(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rules = {"need_dq": False, "need_dk": False, **rules}
+        names = ("bias", "bias_tensor", "row_weight", "row_ids", "col_ids", "need_dq", "need_dk")
+        return self._call("group_sigmoid", q, k, rules, *names)
+
+    def total(self, x: Tensor) -> Tensor:
+        return call("group_total", x, self.group)
+
+    # How many rows the others have is known when they are asked.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def gather(self, x: Tensor) -> Tensor:
+        return self._met(len(x), x.device).exchange.all_rows(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def start(self, rows: int) -> int:
+        met = self._met(rows, torch.device("cpu")).exchange
+        return sum(met.sizes[: met.rank])
+
+    def _met(self, rows: int, device: torch.device) -> OverGroup:
+        like = torch.empty(rows, 1, device=device)
+        return meet("rows of all ranks", like, Local(1.0, None, False, "auto"), self.group)[0]
+
+    def upstream(self, g: Tensor) -> Tensor:
+        return call("group_times_ranks", g, self.group)
+
+
+def sweeps_for(where: Where, scale: float = 1.0, scale_tensor: Tensor | None = None) -> Sweeps:
+    """The sweeps of a loss."""
+    if where.group:
+        return GroupSweeps(scale, scale_tensor, where.backend, where.group, where.exchange)
+    return Local(scale, scale_tensor, False, where.backend)
+
+
+# ------------------------------------------------------------------------------------ operators
+
+
+def _over(
+    what: str, columns: Tensor, scale: float, scale_tensor: Tensor | None, group: str,
+    exchange: str, backend: str, **facts: Any,
+) -> OverGroup:  # fmt: skip
+    local = Local(scale, scale_tensor, False, backend)
+    return meet(what, columns, local, group, exchange, **facts)[0]
+
+
+def _ids(row_ids: Tensor | None, col_ids: Tensor | None) -> dict[str, Tensor | None]:
+    return {} if row_ids is None or col_ids is None else {"row_ids": row_ids, "col_ids": col_ids}
+
+
+@torch.no_grad()
+def _lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    skip: str,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    group: str,
+    exchange: str,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    ids = _ids(row_ids, col_ids)
+    place = (scale, scale_tensor, group, exchange, backend)
+    over = _over("log-sum-exps", k, *place, skip=skip, ids=bool(ids))
+    return over.lse(q, k, skip=skip, **ids)
+
+
+@torch.no_grad()
+def _mean(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    skip: str,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    group: str,
+    exchange: str,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    ids = _ids(row_ids, col_ids)
+    place = (scale, scale_tensor, group, exchange, backend)
+    over = _over("means of the keys", k, *place, skip=skip, ids=bool(ids))
+    return over.mean(q, k, skip=skip, **ids)
+
+
+@torch.no_grad()
+def _grad(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    skip: str,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_lse: Tensor | None,
+    row_weight: Tensor | None,
+    col_lse: Tensor | None,
+    col_weight: Tensor | None,
+    group: str,
+    exchange: str,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    rules: dict[str, Any] = _ids(row_ids, col_ids)
+    place = (scale, scale_tensor, group, exchange, backend)
+    over = _over(
+        "gradients of log-sum-exps", k, *place, skip=skip, ids=bool(rules),
+        weights=f"{row_lse is not None} {col_lse is not None}",
+    )  # fmt: skip
+    if row_lse is not None:
+        rules |= {"row_lse": row_lse, "row_weight": row_weight}
+    if col_lse is not None:
+        rules |= {"col_lse": col_lse, "col_weight": col_weight}
+    return over.grad(q, k, skip=skip, **rules)
+
+
+@torch.no_grad()
+def _sigmoid(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    bias: float,
+    bias_tensor: Tensor | None,
+    row_weight: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    need_dq: bool,
+    need_dk: bool,
+    group: str,
+    exchange: str,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids = _ids(row_ids, col_ids)
+    local = Local(scale, scale_tensor, False, backend)
+    over, (any_dk,) = meet(
+        "the sigmoid loss", k, local, group, exchange, (need_dk,), ids=bool(ids),
+        weights=row_weight is not None, bias="a tensor" if bias_tensor is not None else bias,
+    )  # fmt: skip
+    told = {"bias": bias, "bias_tensor": bias_tensor}
+    others = over.exchange.others(k, *(x for x in (col_ids,) if ids and x is not None))
+    loss, slope, dq, dk = local.sigmoid(
+        q, k, **told, row_weight=row_weight, **ids, need_dq=need_dq, need_dk=need_dk
+    )
+    for block, *block_ids in others:  # all of them negatives
+        there = {"row_ids": row_ids, "col_ids": block_ids[0]} if ids else {}
+        more = local.sigmoid(
+            q, block, **told, row_weight=row_weight, **there, need_dq=need_dq, offset=len(block)
+        )
+        loss, slope, dq = (x + y for x, y in zip((loss, slope, dq), more[:3], strict=True))
+    if any_dk:
+        known = {"row_weight": row_weight, "row_ids": row_ids if ids else None}
+        travel = {name: x for name, x in known.items() if x is not None}
+        for block, *rest in over.exchange.others(q, *travel.values()):
+            there = dict(zip(travel, rest, strict=True))
+            there |= {"col_ids": col_ids} if ids else {}
+            dk_there = local.sigmoid(block, k, **told, **there, need_dk=need_dk, offset=len(k))[3]
+            dk = dk + dk_there
+    return loss, slope, dq, dk
+
+
+@torch.no_grad()
+def _total(x: Tensor, group: str) -> Tensor:
+    ranks = Group(group, "a sum over the ranks")
+    begin(ranks.group)
+    return ranks.total(x)
+
+
+@torch.no_grad()
+def _times_ranks(x: Tensor, group: str) -> Tensor:
+    return x * resolve(group).size()
+
+
+# ------------------------------------------------------------------------------------ registration
+
+_ROWS = "Tensor q, Tensor k, float scale, Tensor? scale_tensor"
+_IDS = "Tensor? row_ids, Tensor? col_ids"
+_GROUP = "str group, str exchange, *, str backend='auto'"
+_WEIGHTS = "Tensor? row_lse, Tensor? row_weight, Tensor? col_lse, Tensor? col_weight"
+
+
+def _fake_sigmoid(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    a = inspect.signature(_sigmoid).bind(*args, **kwargs).arguments
+    q, k = a["q"], a["k"]
+    rows = (q.new_empty(len(q)), q.new_empty(len(q)))
+    return (
+        *rows,
+        torch.empty_like(q) if a["need_dq"] else q.new_empty(0),
+        torch.empty_like(k) if a["need_dk"] else q.new_empty(0),
+    )
+
+
+_OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "group_lse": (
+        f"({_ROWS}, str skip, {_IDS}, {_GROUP}) -> Tensor",
+        _lse,
+        lambda q, *args, **kwargs: q.new_empty(len(q)),
+    ),
+    "group_mean": (
+        f"({_ROWS}, str skip, {_IDS}, {_GROUP}) -> (Tensor, Tensor)",
+        _mean,
+        lambda q, *args, **kwargs: (q.new_empty(len(q)), torch.empty_like(q)),
+    ),
+    "group_grad": (
+        f"({_ROWS}, str skip, {_IDS}, {_WEIGHTS}, {_GROUP}) -> Tensor",
+        _grad,
+        lambda q, *args, **kwargs: torch.empty_like(q),
+    ),
+    "group_sigmoid": (
+        f"({_ROWS}, float bias, Tensor? bias_tensor, Tensor? row_weight, {_IDS}, bool need_dq, "
+        f"bool need_dk, {_GROUP}) -> (Tensor, Tensor, Tensor, Tensor)",
+        _sigmoid,
+        _fake_sigmoid,
+    ),
+    "group_total": (
+        "(Tensor x, str group) -> Tensor",
+        _total,
+        lambda x, group: torch.empty_like(x),
+    ),
+    "group_times_ranks": (
+        "(Tensor x, str group) -> Tensor",
+        _times_ranks,
+        lambda x, group: torch.empty_like(x),
+    ),
+}
+for _name, _parts in _OPERATORS.items():
+    define(_name, *_parts)
