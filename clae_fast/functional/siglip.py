@@ -11,7 +11,7 @@ from ..classes import Ids, dense_ids
 from ..composite import Pairs
 from ..numerics import full_precision, softplus
 from ..sweeps import Where
-from .options import RowOptions, integers, prepare, row_options, weights
+from .options import RowOptions, prepare, row_options, weights
 from .plan import Plan, Scale, common, fused
 
 CHUNK_ROWS = 256
@@ -78,7 +78,7 @@ def siglip_loss(
         check.number("logit_bias", logit_bias)
     samples = image_features.shape[0]
     if positive_ids is not None:
-        integers("positive_ids", positive_ids, samples, image_features)
+        check.integers("positive_ids", positive_ids, samples, image_features)
     backend = common(reduction, normalize, backend)
     options = row_options("image_features", image_features, samples, sample_weight=sample_weight)
     scale: Scale
