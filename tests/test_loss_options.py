@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import backends_with, error
+from test_loss_family import KINDS
 from test_losses import TOLERANCE, upstream_for
 
 import clae_fast as cf
@@ -232,8 +233,7 @@ def truth(name, xs, tau, reduction, upstream):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("dtype", "reduction"), KINDS, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(name, reduction, dtype, backend):
     """Value and every gradient: embeddings, extra negatives or queue, temperature."""
