@@ -39,6 +39,8 @@ from .losses import (
     SupConLoss,
     UELLoss,
 )
+from .moco import MemoryQueue, momentum_update
+from .stats import PairStats, pair_stats
 from .step import CLAEOutput, clae_step
 
 __all__ = [
@@ -53,7 +55,9 @@ __all__ = [
     "GraphedAttack",
     "HardNegativeLoss",
     "InfoNCELoss",
+    "MemoryQueue",
     "NTXentLoss",
+    "PairStats",
     "SigLipLoss",
     "SupConLoss",
     "UELLoss",
@@ -68,8 +72,10 @@ __all__ = [
     "frozen",
     "hard_negative_loss",
     "info_nce_loss",
+    "momentum_update",
     "negative_mises_fisher_weights",
     "nt_xent_loss",
+    "pair_stats",
     "pgd",
     "siglip_loss",
     "strip_dual_batchnorm",

@@ -54,6 +54,30 @@ def same_kind(first: str, x: Tensor, second: str, y: Any) -> None:
         raise ValueError(f"{second} must be on {x.device} as {first} is, got {y.device}")
 
 
+def integers(name: str, value: Any, length: int, like: Tensor | None = None) -> None:
+    """An integer tensor (length,) of any integer type, on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be of an integer type, got {value.dtype}")
+    placed(name, value, (length,), like)
+
+
+def placed(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor | None) -> None:
+    """Of this shape, on the device of `like`."""
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the embeddings, got {value.device}")
+
+
+def positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def one_element(name: str, value: Any, like: Tensor) -> None:
     """A float tensor with one element, on the device of `like`; its value is never read."""
     float_tensor(name, value)

@@ -11,6 +11,10 @@ import clae_fast as cf
 BACKENDS = backends_with("pair_lse")
 SIZES = [(1, 3), (2, 5), (3, 1), (7, 40), (127, 17)]
 BIAS = -1.5
+KINDS = [
+    (torch.float64, "mean"), (torch.float64, "none"), (torch.float32, "sum"),
+    (torch.bfloat16, "none"),
+]  # fmt: skip
 
 
 def classes(n):
@@ -105,8 +109,7 @@ def truth(name, xs, tau, reduction="mean", upstream=None, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("dtype", "reduction"), KINDS, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(name, reduction, dtype, backend):
     loss_tol, grad_tol = TOLERANCE[dtype]
@@ -342,7 +345,7 @@ def test_extremes_of_hard_negatives():
     )
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "dclw"])  # its weights are constants
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"dclw", "sup_con-views"}))  # constants
 def test_differentiable_twice_by_the_reference_alone(name):
     xs = [x.requires_grad_() for x in inputs(4, 3)]
     tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
@@ -361,8 +364,16 @@ def test_differentiable_twice_by_the_reference_alone(name):
         g.square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["sup_con", "dclw", "hard", "siglip"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        ("sup_con", "mean"),
+        ("dclw", "none"),
+        ("hard", "mean"),
+        ("siglip", "mean"),
+        ("siglip", "none"),
+    ],
+)
 def test_compiled_in_one_graph(name, reduction):
     xs = inputs(6, 4, torch.float32)
 
@@ -418,6 +429,35 @@ def test_same_bits_twice(name):
         return [loss, *torch.autograd.grad(loss, leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_changes_nothing(name):
+    """float32 embeddings are never cast down, on the way there or back."""
+    xs = inputs(9, 16, torch.float32)
+    for backend in BACKENDS:
+        found = []
+        for cast in (False, True):
+            leaves = [x.clone().requires_grad_() for x in xs]
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                loss = CASES[name][0](*leaves, 0.1, backend=backend)
+            found.append((loss, *torch.autograd.grad(loss, leaves)))
+        for a, b in zip(*found, strict=True):
+            assert error(a, b) < 2e-6
+
+
+def test_other_layouts():
+    """Transposed, sliced and expanded inputs give what their contiguous copies give."""
+    x, y = inputs(6, 4)
+    for make in (lambda v: v.T.contiguous().T, lambda v: torch.cat((v, v), 1)[:, 2:6]):
+        for name, (loss, _) in CASES.items():
+            found = []
+            for pair in ((make(x), make(y)), (make(x).contiguous(), make(y).contiguous())):
+                leaves = [v.detach().requires_grad_() for v in pair]
+                value = loss(*leaves, 0.3)
+                found.append((value, *torch.autograd.grad(value, leaves)))
+            for a, b in zip(*found, strict=True):
+                assert error(a, b) < 1e-12, name
 
 
 def test_chunks_of_other_positives_do_not_matter(monkeypatch):

@@ -20,9 +20,13 @@ from torch._subclasses import FakeTensorMode
 
 from clae_fast import (
     clip_loss,
+    dcl_loss,
+    hard_negative_loss,
     info_nce_loss,
     nt_xent_loss,
     reference,
+    siglip_loss,
+    sup_con_loss,
     triton_backend,
     uel_loss,
     use_backend,
@@ -166,6 +170,44 @@ def test_losses_of_rows_under_any_upstream_gradient(loss):
         upstream = torch.randn(rows.shape) if upstream is None else upstream
         rows.backward(upstream.to(dtype))
         found.append((rows.detach(), *(x.grad for x in xs)))
+    for got, expected in zip(*found, strict=True):
+        assert error(got, expected) < 2e-5
+
+
+def _ids(x):
+    return torch.arange(len(x)) % 7
+
+
+COMPOSED = {
+    "siglip": lambda x, y, e, o: siglip_loss(x, y, 5.0, -2.0, positive_ids=_ids(x), **o),
+    "sup_con": lambda x, y, e, o: sup_con_loss(torch.cat((x, y)), _ids(torch.cat((x, y))), **o),
+    "dcl": lambda x, y, e, o: dcl_loss(x, y, extra_negatives=e, **o),
+    "hard_negative": lambda x, y, e, o: hard_negative_loss(x, y, ids=_ids(x), **o),
+    "nt_xent": lambda x, y, e, o: nt_xent_loss(
+        x, y, ids=_ids(x), extra_negatives=e, label_smoothing=0.1, **o
+    ),
+    "symmetric": lambda x, y, e, o: info_nce_loss(
+        x, y, symmetric=True, query_ids=_ids(x), key_ids=_ids(x), **o
+    ),
+    "queue": lambda x, y, e, o: info_nce_loss(
+        x, y, e, query_ids=_ids(x), key_ids=_ids(e), sample_weight=_ids(x), **o
+    ),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", COMPOSED)
+def test_losses_composed_of_sweeps(loss, reduction):
+    """Their glue hands the kernels ids, scales by pointer, rows and columns of other lengths."""
+    q = torch.randn(40, 33)
+    inputs = (q, q + torch.randn(40, 33), torch.randn(70, 33))
+    upstream, found = None, []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        xs = [x.clone().to(dtype).requires_grad_() for x in inputs]
+        out = COMPOSED[loss](*xs, {"reduction": reduction, "backend": backend})
+        upstream = torch.randn(out.shape) if upstream is None else upstream
+        grads = torch.autograd.grad(out, xs, upstream.to(dtype), materialize_grads=True)
+        found.append((out.detach(), *grads))
     for got, expected in zip(*found, strict=True):
         assert error(got, expected) < 2e-5
 

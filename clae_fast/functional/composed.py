@@ -9,7 +9,7 @@ apart, the second is 0 without targets and smoothing, and needs no sweep.
 import torch
 from torch import Tensor
 
-from ..composite import combined
+from ..composite import Pairs, combined
 from ..numerics import cosine, full_precision, softplus
 from ..softmax_rows import Block, linear, negatives_lse, smoothing
 from ..sweeps import Where
@@ -28,16 +28,16 @@ def _row_loss(
     smooth: float,
     target: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Rows of the loss. `target`: its sum (N,) and `sum_j y_ij k_j` (N, D)."""
+    """Rows of the loss. `target`: its sum T (N,) and `T_i k_i+ - sum_j y_ij k_j` (N, D)."""
     loss = softplus(lse - cos * rows.t)
     if target is not None:
-        whole, mixed = target
-        apart = linear(q, whole[:, None] * positive - mixed, rows.t)
+        whole, keys = target
+        apart = linear(q, keys, rows.t)
         loss = ((1 - smooth) * whole + smooth) * loss + (1 - smooth) * apart
     if smooth:
-        keys = torch.stack([b.keys() for b in blocks]).sum(0)
+        others = torch.stack([b.keys() for b in blocks]).sum(0)
         number = torch.stack([b.number() for b in blocks]).sum(0)
-        loss = loss + smooth * smoothing(q, positive, keys, number, rows.t)
+        loss = loss + smooth * smoothing(q, positive, others, number, rows.t)
     return loss
 
 
@@ -87,13 +87,13 @@ def info_nce(
     blocks = [block, *extra_blocks(rows, q, ids)]
     target = None
     if options.targets is not None:
-        columns = rows.pairs.gather(k) if negative_keys is None else rows.units[2].z
         y = _as_matrix(options.targets, k.dtype)
+        whole = _sum_of_rows(y)
         if negative_keys is None:
-            target = _sum_of_rows(y), _product(y, columns)
+            target = whole, _apart(rows.pairs, y, whole, k)
         else:
-            first = _column(y, 0)
-            target = _sum_of_rows(y), first * k + _product(_columns_after(y, 1), columns)
+            first, others = whole[:, None] - _column(y, 0), _columns_after(y, 1)
+            target = whole, first * k - _product(others, rows.units[2].z)
     loss = _row_loss(
         rows, q, k, cosine(*rows.units[:2]), negatives_lse(blocks), blocks,
         options.label_smoothing, target,
@@ -147,12 +147,31 @@ def _two_targets(
     if targets is None:
         return None, None
     y, pairs = _as_matrix(targets, q.dtype), rows.pairs
-    by_query = _sum_of_rows(y), _product(y, pairs.gather(k))
-    transposed = y.t()
+    whole = _sum_of_rows(y)
+    by_query = whole, _apart(pairs, y, whole, k)
     start = pairs.sweeps.start(len(k))
-    mine = slice(start, start + len(k))
-    whole, mixed = _sum_of_rows(transposed), _product(transposed, q)
-    return by_query, (pairs.total(whole)[mine], pairs.total(mixed)[mine])
+    mine = torch.arange(start, start + len(k), device=k.device)
+    transposed = y.t()
+    whole = pairs.total(_sum_of_rows(transposed))[mine]
+    apart = _product(_less(transposed, mine, mine - start, whole), q)
+    return by_query, (whole, pairs.total(apart)[mine])
+
+
+def _apart(pairs: Pairs, y: Tensor, whole: Tensor, k: Tensor) -> Tensor:
+    """`T_i k_i - sum_j y_ij k_j` from one matrix: an own key's share cancels in it, not in sums."""
+    here = torch.arange(len(k), device=k.device)
+    matrix = _less(y, here, here + pairs.sweeps.start(len(k)), whole)
+    return _product(matrix, pairs.gather(k))
+
+
+def _less(y: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """The matrix with `values` at these places, less y."""
+    if not y.is_sparse:
+        return (-y).index_put((rows, columns), values, accumulate=True)
+    y = y.coalesce()
+    indices = torch.cat((y.indices(), torch.stack((rows, columns))), 1)
+    both = torch.cat((-y.values(), values))
+    return torch.sparse_coo_tensor(indices, both, y.shape).coalesce()
 
 
 def _as_matrix(targets: Tensor, dtype: torch.dtype) -> Tensor:

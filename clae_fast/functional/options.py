@@ -51,14 +51,14 @@ def row_options(
         _vector("sample_weight", sample_weight, samples, x)
     check.share("label_smoothing", label_smoothing)
     if ids is not None:
-        integers("ids", ids, samples, x)
+        check.integers("ids", ids, samples, x)
         query_ids = key_ids = ids
     elif query_ids is not None or key_ids is not None:
         for one, other in (("query_ids", "key_ids"), ("key_ids", "query_ids")):
             if {"query_ids": query_ids, "key_ids": key_ids}[one] is None:
                 raise ValueError(f"{one} must be given where {other} is, got None")
-        integers("query_ids", query_ids, samples, x)
-        integers("key_ids", key_ids, samples if columns is None else columns, x)
+        check.integers("query_ids", query_ids, samples, x)
+        check.integers("key_ids", key_ids, samples if columns is None else columns, x)
     if extra_negatives is not None:
         check.embeddings(
             name, x, "extra_negatives", extra_negatives, same_rows=False, empty=True
@@ -67,7 +67,7 @@ def row_options(
         if extra_negatives is None or query_ids is None:
             missing = "extra_negatives" if extra_negatives is None else "ids of the rows"
             raise ValueError(f"extra_ids needs {missing}, got None")
-        integers("extra_ids", extra_ids, extra_negatives.shape[0], x)
+        check.integers("extra_ids", extra_ids, extra_negatives.shape[0], x)
     if targets is not None:
         _targets(targets, samples, target_columns, x)
         if query_ids is not None:
@@ -86,23 +86,7 @@ def _vector(name: str, value: Any, length: int, like: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}")
-    _placed(name, value, (length,), like)
-
-
-def integers(name: str, value: Any, length: int, like: Tensor) -> None:
-    """An integer tensor (length,) of any integer type, on the device of `like`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be of an integer type, got {value.dtype}")
-    _placed(name, value, (length,), like)
-
-
-def _placed(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} as the embeddings, got {value.device}")
+    check.placed(name, value, (length,), like)
 
 
 def _targets(value: Any, rows: int, columns: int | None, like: Tensor) -> None:
@@ -118,7 +102,7 @@ def _targets(value: Any, rows: int, columns: int | None, like: Tensor) -> None:
         raise ValueError("targets are constants: detach them, got one that requires grad")
     if columns is None:
         columns = value.shape[-1] if value.dim() else 0
-    _placed("targets", value, (rows, columns), like)
+    check.placed("targets", value, (rows, columns), like)
 
 
 class Rows(NamedTuple):

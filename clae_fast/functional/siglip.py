@@ -13,7 +13,7 @@ from ..composite import Pairs
 from ..group_autograd import shared
 from ..numerics import full_precision, softplus
 from ..sweeps import Where
-from .options import RowOptions, integers, prepare, row_options, weights
+from .options import RowOptions, prepare, row_options, weights
 from .plan import Plan, Scale, common, fused
 
 CHUNK_ROWS = 256
@@ -89,7 +89,7 @@ def siglip_loss(
         check.number("logit_bias", logit_bias)
     samples = image_features.shape[0]
     if positive_ids is not None:
-        integers("positive_ids", positive_ids, samples, image_features)
+        check.integers("positive_ids", positive_ids, samples, image_features)
     place = common(reduction, normalize, backend, group, exchange)
     options = row_options("image_features", image_features, samples, sample_weight=sample_weight)
     scale: Scale

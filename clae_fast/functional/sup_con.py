@@ -11,7 +11,7 @@ from ..composite import combined
 from ..numerics import Unit, cosine, full_precision
 from ..softmax_rows import Block, linear, sup_con
 from ..sweeps import Where
-from .options import Numbered, RowOptions, extra_blocks, integers, prepare, row_options, weights
+from .options import Numbered, RowOptions, extra_blocks, prepare, row_options, weights
 from .plan import Plan, Scale, common, fused, reciprocal_scale
 
 
@@ -84,7 +84,7 @@ def sup_con_loss(
     if 0 in features.shape[1:] or (not len(features) and group is None):
         raise ValueError(f"features must have no empty dimension, got {tuple(features.shape)}")
     samples = features.shape[0]
-    integers("labels", labels, samples, features)
+    check.integers("labels", labels, samples, features)
     check.positive_scalar("temperature", temperature, features)
     place = common(reduction, normalize, backend, group, exchange)
     options = row_options(

@@ -1,0 +1,227 @@
+"""MoCo's queue of keys, and its slowly moving key encoder."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import validation as check
+
+
+class MemoryQueue(nn.Module):
+    """The last `size` keys, oldest out first: a `negative_keys` for `info_nce_loss`.
+
+    What a call returns is a copy that no later `enqueue` changes, so the order of `enqueue` and
+    `backward` does not matter. Keys, ids and position are buffers: they move and are saved with the
+    module, and two runs from one checkpoint see one queue. Until the queue is full, a call returns
+    only what has been put in.
+
+    Args:
+        size: how many keys it holds.
+        dim: their width D.
+        ids: keep an id (int64) beside each key, for `key_ids`.
+        dtype, device: of the keys.
+
+    Raises:
+        TypeError, ValueError: for a size or dim that is no positive int; from `enqueue`, for keys
+            of another width or type.
+
+    Source: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR
+    2020, section 3.2.
+
+    Example:
+        >>> queue = MemoryQueue(64, 16)
+        >>> q, k = torch.randn(8, 16), torch.randn(8, 16)
+        >>> loss = info_nce_loss(q, k, queue(), temperature=0.07)
+        >>> queue.enqueue(k)
+        >>> queue().shape
+        torch.Size([8, 16])
+    """
+
+    keys: Tensor
+    ids: Tensor | None
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        ids: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            check.positive_int(name, value)
+        check.flag("ids", ids)
+        if dtype not in check.FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        self.register_buffer("keys", torch.zeros(size, dim, dtype=dtype, device=device))
+        numbers = torch.zeros(size, dtype=torch.int64, device=device) if ids else None
+        self.register_buffer("ids", numbers)
+        # Where the next key goes, how many there are: numbers, as a tensor on a GPU would have to
+        # be waited for, but in the checkpoint.
+        self._next = self._filled = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"next": self._next, "filled": self._filled}
+
+    def set_extra_state(self, state: Any) -> None:
+        self._next, self._filled = state["next"], state["filled"]
+
+    def __len__(self) -> int:
+        """How many keys are in it."""
+        return self._filled
+
+    def forward(self) -> Tensor:
+        """The keys that are in it, oldest first, (M, D): a copy."""
+        return self._ordered(self.keys)
+
+    def key_ids(self) -> Tensor:
+        """Their ids (M,), in the same order: a copy."""
+        if self.ids is None:
+            raise ValueError("the queue keeps no ids: make it with ids=True")
+        return self._ordered(self.ids)
+
+    def _ordered(self, buffer: Tensor) -> Tensor:
+        if self._filled < len(buffer):
+            return buffer[: self._filled].clone()
+        return torch.cat((buffer[self._next :], buffer[: self._next]))
+
+    @torch.no_grad()
+    def enqueue(
+        self,
+        keys: Tensor,
+        ids: Tensor | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Put keys in, in their order; of more than fit the last ones stay.
+
+        Args:
+            keys: (B, D) in any float dtype; B may differ from call to call and between processes.
+            ids: (B,) integers, exactly where the queue keeps ids.
+            group: a process group: the keys of all its processes are put in, in the order of their
+                ranks, so that equal queues stay equal.
+        """
+        check.float_tensor("keys", keys)
+        size, dim = self.keys.shape
+        if keys.dim() != 2 or keys.shape[1] != dim:
+            raise ValueError(f"keys must be (B, {dim}), got {tuple(keys.shape)}")
+        if (ids is None) != (self.ids is None):
+            kept = "ids" if self.ids is not None else "no ids"
+            given = "None" if ids is None else "some"
+            raise ValueError(f"ids must be given where the queue keeps them ({kept}), got {given}")
+        keys = keys.detach().to(self.keys)
+        if ids is not None and self.ids is not None:
+            check.integers("ids", ids, len(keys))
+            ids = ids.to(self.ids)
+        if group is not None:
+            keys = _gathered(keys, group)
+            ids = None if ids is None else _gathered(ids, group)
+        self._put(keys, ids)
+
+    def _put(self, keys: Tensor, ids: Tensor | None) -> None:
+        size, count = len(self.keys), len(keys)
+        kept = min(count, size)
+        start = (self._next + count - kept) % size
+        head = min(kept, size - start)
+        for buffer, new in ((self.keys, keys), (self.ids, ids)):
+            if buffer is not None and new is not None:
+                new = new[count - kept :]
+                buffer[start : start + head] = new[:head]
+                buffer[: kept - head] = new[head:]
+        self._next = (start + kept) % size
+        self._filled = min(size, self._filled + count)
+
+    def extra_repr(self) -> str:
+        size, dim = self.keys.shape
+        return f"{size}, {dim}" + (", ids=True" if self.ids is not None else "")
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all processes in the order of ranks, which may differ in number."""
+    count = torch.tensor([len(x)], device=x.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, count, group=group)
+    lengths = [int(n) for n in counts]
+    padded = x.new_zeros((max(lengths), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+@torch.no_grad()
+def momentum_update(encoder: nn.Module, key_encoder: nn.Module, m: float = 0.999) -> None:
+    """Move the key encoder slowly: `p_key = m p_key + (1 - m) p`; buffers are copied.
+
+    Args:
+        encoder: the one that learns; wrapped in DistributedDataParallel or not.
+        key_encoder: a copy of it, changed in place. `copy.deepcopy(encoder)` makes one.
+        m: in [0, 1]; 0 copies, 1 leaves the parameters alone.
+
+    Raises:
+        ValueError: for another m, or modules whose parameters or buffers differ in name, shape or
+            device.
+
+    Source: He et al., "Momentum Contrast", CVPR 2020, equation 2.
+
+    Example:
+        >>> import copy
+        >>> encoder = nn.Linear(4, 2)
+        >>> key_encoder = copy.deepcopy(encoder)
+        >>> momentum_update(encoder, key_encoder, 0.99)
+        >>> torch.equal(encoder.weight, key_encoder.weight)
+        True
+    """
+    check.number("m", m)
+    if not 0 <= m <= 1:
+        raise ValueError(f"m must lie in [0, 1], got {m}")
+    source, target = (_bare(x) for x in (encoder, key_encoder))
+    moved = _matching("parameter", dict(source.named_parameters()), dict(target.named_parameters()))
+    copied = _matching("buffer", dict(source.named_buffers()), dict(target.named_buffers()))
+    for new, old in _by_kind(moved):
+        # Not `m old + (1 - m) new`: equal ones stay equal to the last bit.
+        torch._foreach_lerp_(old, new, 1 - m)
+    for buffer, slow in copied:
+        slow.copy_(buffer)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """Without DistributedDataParallel and the like."""
+    inner = getattr(module, "module", None)
+    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return inner if isinstance(module, wrapped) and isinstance(inner, nn.Module) else module
+
+
+def _matching(
+    kind: str, source: dict[str, Tensor], target: dict[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of one name, shape and device, two by two."""
+    if odd := sorted(source.keys() ^ target.keys()):
+        side = "encoder" if odd[0] in source else "key_encoder"
+        raise ValueError(
+            f"key_encoder must have the {kind}s of encoder, but {odd[0]!r} is in {side} alone"
+        )
+    for name, x in source.items():
+        y = target[name]
+        if x.shape != y.shape or x.device != y.device:
+            raise ValueError(
+                f"key_encoder's {kind} {name!r} must be {tuple(x.shape)} on {x.device} as "
+                f"encoder's is, got {tuple(y.shape)} on {y.device}"
+            )
+        if x is y:
+            raise ValueError(f"key_encoder must be a copy, but shares {kind} {name!r} with encoder")
+    return [(x, target[name]) for name, x in source.items()]
+
+
+def _by_kind(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Lists of new and old tensors of one device and dtype each."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for x, y in pairs:
+        new, old = kinds.setdefault((y.device, y.dtype), ([], []))
+        new.append(x.to(y.dtype))
+        old.append(y)
+    return list(kinds.values())

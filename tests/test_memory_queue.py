@@ -1,0 +1,187 @@
+"""MoCo's queue and key encoder: order, wrap-around, what is handed out, several processes."""
+
+import copy
+import gc
+import io
+import os
+
+import dense
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from dense import error
+from torch import nn
+
+from clae_fast import MemoryQueue, info_nce_loss, momentum_update
+
+
+def batches(lengths, dim=3):
+    """Keys that count upwards."""
+    total = torch.arange(sum(lengths) * dim, dtype=torch.float32).reshape(-1, dim)
+    return total.split(list(lengths))
+
+
+LENGTHS = [
+    [1] * 12, [3, 3, 3], [4, 4, 4], [2, 5, 1, 4, 3], [7], [2, 9, 3], [5, 5], [13, 1], [0, 2, 0, 4],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_holds_the_last_keys_in_order(lengths):
+    """Whatever the batches: longer than what is left, longer than the queue, empty."""
+    queue = MemoryQueue(5, 3, ids=True)
+    seen = torch.empty(0, 3)
+    for keys in batches(lengths):
+        queue.enqueue(keys, keys[:, 0].to(torch.int32))
+        seen = torch.cat((seen, keys))
+        assert torch.equal(queue(), seen[-5:])
+        assert torch.equal(queue.key_ids(), seen[-5:, 0].long())
+        assert len(queue) == min(5, len(seen))
+
+
+def test_never_a_stale_view():
+    """A loss whose backward comes after the next enqueue gets the gradient of its own keys."""
+    q, k, *more = (torch.randn(4, 6) for _ in range(5))
+    for fill in (1, 3):  # half full, full
+        queue = MemoryQueue(8, 6)
+        for keys in more[:fill]:
+            queue.enqueue(keys)
+        held = queue().clone()
+        leaf, exact = q.clone().requires_grad_(), q.double().requires_grad_()
+        loss = info_nce_loss(leaf, k, queue(), temperature=0.2)
+        for keys in more:
+            queue.enqueue(3 * keys)
+        loss.backward()
+        dense.info_nce(exact, k.double(), held.double(), 5.0).mean().backward()
+        assert error(leaf.grad, exact.grad) < 2e-5
+        assert not torch.equal(queue()[: len(held)], held)
+
+
+def test_empty_and_detached():
+    queue = MemoryQueue(4, 6)
+    q, k = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    assert queue().shape == (0, 6)
+    assert info_nce_loss(q, k, queue()) == 0
+    queue.enqueue(k)
+    assert not queue().requires_grad
+    with torch.inference_mode():
+        queue.enqueue(torch.randn(2, 6))
+    info_nce_loss(q, k, queue()).backward()  # no inference tensor has got in
+    assert q.grad.isfinite().all()
+
+
+def test_ids_leave_out_own_copies():
+    """Keys of the same image in the queue are no negatives of it."""
+    queue = MemoryQueue(6, 4, ids=True)
+    z = torch.randn(5, 4)
+    queue.enqueue(z, torch.arange(5))
+    q = torch.randn(2, 4)
+    ids = torch.tensor([1, 3])
+    loss = info_nce_loss(q, z[ids], queue(), query_ids=ids, key_ids=queue.key_ids())
+    each = [
+        info_nce_loss(q[i : i + 1], z[ids[i : i + 1]], z[torch.arange(5) != ids[i]]) for i in (0, 1)
+    ]
+    assert error(loss, sum(each) / 2) < 5e-6
+
+
+def test_checkpoint():
+    """Keys, ids, position and fill go along; so does a copy and a change of dtype."""
+    queue = MemoryQueue(5, 3, ids=True)
+    for keys in batches([4, 3]):
+        queue.enqueue(keys, keys[:, 0].long())
+    file = io.BytesIO()
+    torch.save(nn.ModuleDict({"queue": queue}).state_dict(), file)
+    file.seek(0)
+    other = nn.ModuleDict({"queue": MemoryQueue(5, 3, ids=True)})
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for twin in (other["queue"], copy.deepcopy(queue)):
+        assert torch.equal(twin(), queue())
+        assert torch.equal(twin.key_ids(), queue.key_ids())
+        more = torch.randn(2, 3)
+        twin.enqueue(more, torch.tensor([7, 8]))
+        assert torch.equal(twin()[-2:], more)
+        assert torch.equal(twin()[:3], queue()[2:])
+    assert queue.double()().dtype == torch.float64
+    queue.enqueue(torch.ones(1, 3, dtype=torch.bfloat16), torch.zeros(1).long())
+    assert (queue()[-1] == 1).all()
+    assert "5, 3, ids=True" in repr(queue)
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    queue = MemoryQueue(7, 2, ids=True)
+    for step, (a, b) in enumerate(((2, 3), (0, 1), (4, 2), (1, 0))):
+        n = (a, b)[rank]
+        keys = torch.full((n, 2), 10.0 * step + rank) + torch.arange(n)[:, None] / 8
+        queue.enqueue(keys, torch.full((n,), rank), group=dist.group.WORLD)
+    torch.save([queue(), queue.key_ids()], f"{folder}/{rank}.pt")
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def test_equal_on_all_ranks(tmp_path):
+    """Batches of different lengths, none at all on one of them."""
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    (a, ids), (b, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(ids, other)
+    expected = [20, 20.125, 20.25, 20.375, 21, 21.125, 30]
+    assert a[:, 0].tolist() == expected
+    assert ids.tolist() == [0, 0, 0, 0, 1, 1, 0]
+
+
+def test_momentum_update():
+    """In place, to the formula; buffers and integers copied; equal stays equal."""
+    torch.manual_seed(1)
+    encoder = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2).double())
+    key = copy.deepcopy(encoder)
+    same = copy.deepcopy(key).state_dict()
+    momentum_update(encoder, key, 0.9)
+    assert all(torch.equal(a, same[n]) for n, a in key.state_dict().items())
+    before = [p.clone() for p in key.parameters()]
+    places = [p.data_ptr() for p in key.parameters()]
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p))
+    encoder[1](torch.randn(8, 3))
+    momentum_update(nn.DataParallel(encoder), key, 0.9)
+    for p, old, now in zip(key.parameters(), before, encoder.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.9 * old + 0.1 * now)
+        assert p.requires_grad
+        assert p.grad_fn is None
+    assert [p.data_ptr() for p in key.parameters()] == places
+    assert key[1].num_batches_tracked == 1
+    assert torch.equal(key[1].running_mean, encoder[1].running_mean)
+    momentum_update(encoder, key, 0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(key.parameters(), encoder.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda q, e: MemoryQueue(0, 3), ValueError, "size must be at least 1, got 0"),
+        (lambda q, e: MemoryQueue(2.0, 3), TypeError, "size must be an int, got float"),
+        (lambda q, e: MemoryQueue(2, 3, dtype=torch.int64), TypeError, "dtype must be float16"),
+        (lambda q, e: q.enqueue(torch.randn(2, 4)), ValueError, r"keys must be \(B, 3\)"),
+        (lambda q, e: q.enqueue(torch.ones(2, 3).int()), TypeError, "keys must be float16"),
+        (lambda q, e: q.enqueue(torch.ones(2, 3), torch.ones(2).int()), ValueError, "no ids"),
+        (lambda q, e: q.key_ids(), ValueError, "ids=True"),
+        (lambda q, e: MemoryQueue(2, 3, ids=True).enqueue(torch.ones(2, 3)), ValueError, "None"),
+        (lambda q, e: MemoryQueue(2, 3, ids=True).enqueue(torch.ones(2, 3), torch.ones(3).int()),
+         ValueError, r"ids must be \(2,\), got \(3,\)"),
+        (lambda q, e: momentum_update(e, e), ValueError, "must be a copy"),
+        (lambda q, e: momentum_update(e, copy.deepcopy(e), 1.5), ValueError, "m must lie in"),
+        (lambda q, e: momentum_update(e, nn.Linear(3, 3)), ValueError, "'weight' must be "),
+        (lambda q, e: momentum_update(e, nn.Linear(3, 2, bias=False)), ValueError,
+         "'bias' is in encoder alone"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call(MemoryQueue(4, 3), nn.Linear(3, 2))
