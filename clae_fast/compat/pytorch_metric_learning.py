@@ -49,7 +49,7 @@ class Problem(NamedTuple):
         rows, columns = self.ids
         number = int(torch.cat(self.ids).max()) + 1
         same = torch.bincount(columns, minlength=number)[rows]
-        return same - (self.itself is not None), len(columns) - same
+        return same - int(self.itself is not None), len(columns) - same
 
 
 class PairLoss(nn.Module):

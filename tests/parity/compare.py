@@ -30,6 +30,10 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=g, dtype=torch.float64) * (0.5 + seed % 5)
 
 
+def real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
 def outcome(
     loss: Callable[..., Tensor], inputs: Sequence[Any], dtype: torch.dtype
 ) -> list[Tensor | None]:
@@ -43,7 +47,7 @@ def outcome(
     value = loss(*leaves)
     weights = torch.linspace(1, 3, max(value.numel(), 2), dtype=torch.float64)[-value.numel() :]
     (value * weights.reshape(value.shape)).sum().backward()
-    grads = [x.grad for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    grads = [x.grad for x in leaves if real(x)]
     return [value.detach(), *grads]
 
 

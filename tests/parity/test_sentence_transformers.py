@@ -119,5 +119,5 @@ def test_other_similarities_are_refused(function):
 )
 def test_both_refuse(options):
     for library in (ours, peer):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"[Ss]cale|irection|hardness"):
             library.MultipleNegativesRankingLoss(MODEL, **options)
