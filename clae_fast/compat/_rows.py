@@ -1,59 +1,23 @@
-"""The log-sum-exp of each row as a differentiable function: what no single public loss is made of.
+"""The log-sum-exp of each row over other rows: what a drop-in is made of that is no public loss.
 
-A drop-in that is not one of the library's losses takes its positives from here as O(N D) dot
-products and its negatives as one `row_lse`; the N x M similarities exist a tile at a time.
+It takes its positives as O(N D) dot products and its negatives as one `row_lse`; the N x M
+similarities exist a tile at a time.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import autograd, reference
-from .. import validation as check
 from ..backends import requested
+from ..composite import Pairs
 from ..numerics import Unit, as_given, compute_dtype, full_precision, softplus, unit_rows
-from ..sweeps import Local
+from ..sweeps import Where
 
 Ids = tuple[Tensor, Tensor]
 
 
-class _RowLse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor | None,
-        row_ids: Tensor | None,
-        col_ids: Tensor | None,
-        sweeps: Local,
-        skip: str,
-    ) -> Tensor:
-        lse = sweeps.lse(q, q if k is None else k, skip=skip, row_ids=row_ids, col_ids=col_ids)
-        ctx.save_for_backward(q, k, row_ids, col_ids, lse)
-        ctx.need, ctx.sweeps, ctx.skip = ctx.needs_input_grad[:2], sweeps, skip
-        return lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        (need_q, need_k), sweeps, skip = ctx.need, ctx.sweeps, ctx.skip
-
-        def gradients(weight: Tensor, *saved: Any) -> tuple[Tensor | None, Tensor | None]:
-            q, k, row_ids, col_ids, lse = saved
-            weight = weight.contiguous()
-            rows = {"row_lse": lse, "row_weight": weight}
-            columns = {"col_lse": lse, "col_weight": weight}
-            ids = {"row_ids": row_ids, "col_ids": col_ids, "skip": skip}
-            if k is None:
-                return sweeps.grad(q, q, **rows, **columns, **ids), None
-            swapped = {"row_ids": col_ids, "col_ids": row_ids, "skip": skip}
-            return (
-                sweeps.grad(q, k, **rows, **ids) if need_q else None,
-                sweeps.grad(k, q, **columns, **swapped) if need_k else None,
-            )
-
-        grads = autograd._once(gradients, grad_output, *ctx.saved_tensors)
-        return *grads, None, None, None, None
+def sweeps(scale: float = 1.0) -> Pairs:
+    """The differentiable sweeps over this process's keys, on the backend in use."""
+    return Pairs(Where(requested(None)), scale)
 
 
 @full_precision
@@ -74,17 +38,9 @@ def row_lse(
         skip: "none", "diagonal" or, with `k=None` only, "twins".
         ids: int32 (N,) and (M,): pairs with equal ids are left out.
     """
-    backend = requested(None)
-    row_ids, col_ids = ids or (None, None)
-    if backend == "reference":
-        keys = q if k is None else k
-        rules = {"skip": skip, "row_ids": row_ids, "col_ids": col_ids}
-        return reference.pair_lse(q, keys, scale, **rules)  # type: ignore[arg-type]
-    sweeps = Local(scale, None, False, backend)
-    if autograd._records_gradient(q, k):
-        lse: Tensor = _RowLse.apply(q, k, row_ids, col_ids, sweeps, skip)
-        return lse
-    return sweeps.lse(q, q if k is None else k, skip=skip, row_ids=row_ids, col_ids=col_ids)
+    if k is None:
+        return sweeps(scale).lse(q, q, *(ids or ()), form="self", skip=skip)
+    return sweeps(scale).lse(q, k, *(ids or ()), skip=skip)
 
 
 def rows_of(x: Tensor, normalize: bool) -> Unit:
@@ -101,8 +57,3 @@ def shared_ids(rows: Tensor, columns: Tensor) -> Ids:
 def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
     """`-positive + log(e^positive + e^lse)` per row: lse is that of the negatives alone."""
     return softplus(lse - positive)
-
-
-def pair(first: str, x: Any, second: str, y: Any) -> None:
-    """Two embeddings of one shape (N, D), dtype and device."""
-    check.embeddings(first, x, second, y)

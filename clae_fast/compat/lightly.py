@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .. import functional
+from .. import validation as check
 from ..numerics import Unit, cosine, full_precision
 from ._gather import all_rows, gather, world
-from ._rows import cross_entropy, pair, row_lse, rows_of
+from ._rows import cross_entropy, row_lse, rows_of
 
 __all__ = ["DCLLoss", "DCLWLoss", "NTXentLoss", "negative_mises_fisher_weights"]
 
@@ -76,7 +77,7 @@ class NTXentLoss(nn.Module):
         self.gather_distributed = gather_distributed
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        pair("out0", out0, "out1", out1)
+        check.embeddings("out0", out0, "out1", out1)
         if self.memory_bank.size[0] > 0:
             return self._with_bank(out0, out1)
         if self.temperature > 0 and not (self.gather_distributed and world()[1] > 1):
@@ -147,10 +148,14 @@ class DCLLoss(nn.Module):
         self.gather_distributed = gather_distributed
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        pair("out0", out0, "out1", out1)
-        return self._loss(out0, out1)
+        check.embeddings("out0", out0, "out1", out1)
+        if self.temperature > 0 and not (self.gather_distributed and world()[1] > 1):
+            return functional.dcl_loss(
+                out0, out1, temperature=self.temperature, weight_fn=self.weight_fn
+            )
+        return self._of_own_rows(out0, out1)
 
-    def _loss(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def _of_own_rows(self, out0: Tensor, out1: Tensor) -> Tensor:
         u0, u1 = rows_of(out0, True), rows_of(out1, True)
         positive = cosine(u0, u1) / self.temperature
         lse = _negatives(u0, u1, self.temperature, self.gather_distributed)

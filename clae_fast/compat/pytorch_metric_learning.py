@@ -234,10 +234,16 @@ class SupConLoss(PairLoss):
         return positives > 0 and negatives > 0 and max(positives, negatives) > 1
 
     def _losses(self, problem: Problem) -> Losses:
-        lse = problem.lse(None, "none" if problem.itself is None else "diagonal")
-        mean = positive_mean(problem)
-        count = problem.counts()[0]
-        losses = torch.where(count > 0, lse - (problem.u * mean).sum(1) * problem.scale, 0.0)
+        u, ids, t = problem.u, problem.ids[0], 1 / problem.scale
+        if problem.v is u and problem.itself is not None:
+            losses = functional.sup_con_loss(
+                u, ids, temperature=t, normalize=False, reduction="none"
+            )
+        else:
+            skip = "none" if problem.itself is None else "diagonal"
+            count, mean = problem.counts()[0], positive_mean(problem)
+            losses = problem.lse(None, skip) - (u * mean).sum(1) * problem.scale
+            losses = torch.where(count > 0, losses, 0.0)
         return self._rows(losses)
 
     def _listed(self, s: Tensor, *pairs: Tensor) -> Losses:
