@@ -80,7 +80,7 @@ def agree(
     largest = max(norm(g) for g in truth[1:])
     for i, (a, b, c) in enumerate(zip(mine, truth, peers, strict=True)):
         assert a is None or a.isfinite().all()
-        scale = max(norm(b), 1e-2 if i == 0 else largest, 1e-3)
+        scale = max(norm(b), largest if i else 0.0, 0.1)
         allowed = max(TOLERANCE[dtype] * scale, 2 * distance(c, b))
         what = "the value" if i == 0 else f"the gradient of input {i - 1}"
         assert distance(a, b) <= allowed, f"{what}: {distance(a, b):.3g} > {allowed:.3g}"
