@@ -79,11 +79,14 @@ class PairLoss(nn.Module):
         check.matrix("embeddings", embeddings)
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple are both None: one must say who belongs")
+        labels = None if labels is None else labels.to(embeddings.device)
         if ref_emb is None:
             ref_emb, ref_labels = embeddings, labels
+        elif ref_labels is not None:
+            ref_labels = ref_labels.to(ref_emb.device)
         check.embeddings("embeddings", embeddings, "ref_emb", ref_emb, same_rows=False)
-        # Theirs takes labels that are one object for rows that are one, too: no positive with the
-        # same index then. A clone of the labels says that the references are other rows.
+        # Theirs takes labels that are one object for rows that are one, too: no row is the positive
+        # of the same index then. A clone of the labels says that the references are other rows.
         one = ref_labels is None or ref_labels is labels
         _check_labels("labels", labels, embeddings)
         _check_labels("ref_labels", labels if one else ref_labels, ref_emb)
@@ -120,7 +123,6 @@ class PairLoss(nn.Module):
         if one and len(u) != len(v):
             raise ValueError(f"ref_labels are needed: ref_emb has {len(v)} rows, labels {len(u)}")
         itself = torch.arange(len(u), device=u.device) if one else None
-        labels, ref_labels = labels.to(u.device), ref_labels.to(u.device)
         problem = Problem(u, v, shared_ids(labels, ref_labels), itself, 1 / self.temperature)
         positives, negatives = (int(x.sum()) for x in problem.counts())
         if not self._enough(positives, negatives):

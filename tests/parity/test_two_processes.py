@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-SCRIPT = Path(__file__).parent / "ranks.py"
+SCRIPT = Path(__file__).parent / "two_processes.py"
 
 
 def test_two_processes(tmp_path):

@@ -1,4 +1,4 @@
-"""One process of `test_distributed`: ours and theirs on the same share of a batch."""
+"""One process of `test_two_processes`: ours and theirs on the same share of a batch."""
 
 import gc
 import itertools
