@@ -129,3 +129,14 @@ def test_refused(name):
         loss()(torch.randn(3, 2))
     with pytest.raises(ValueError, match=r"labels must be \(3,\)"):
         loss()(torch.randn(3, 2), torch.arange(4))
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_inside_cross_batch_memory(name):
+    """A wrapper of theirs: references from past batches, and pairs as tuples."""
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    out = []
+    for library in (ours, losses):
+        memory = losses.CrossBatchMemory(getattr(library, name)(0.3), 3, memory_size=12)
+        out.append([float(memory(drawn(i, 5, 3), labels)) for i in range(4)])
+    assert out[0] == pytest.approx(out[1])

@@ -71,6 +71,9 @@ class Table(nn.Module):
         super().__init__()
         self.rows = nn.Embedding(20, 6)
 
+    def get_embedding_dimension(self):
+        return 6
+
     def forward(self, features):
         return {"sentence_embedding": self.rows(features["input_ids"])[:, 0]}
 
@@ -121,3 +124,15 @@ def test_both_refuse(options):
     for library in (ours, peer):
         with pytest.raises(ValueError, match=r"[Ss]cale|irection|hardness"):
             library.MultipleNegativesRankingLoss(MODEL, **options)
+
+
+def test_inside_matryoshka():
+    """A wrapper of theirs that calls the loss once a width."""
+    torch.manual_seed(0)
+    model = Table()
+    features = [{"input_ids": torch.randint(0, 20, (5, 1))} for _ in range(2)]
+    out = []
+    for library in (ours, peer):
+        wrapped = peer.MatryoshkaLoss(model, library.MultipleNegativesRankingLoss(model), [6, 3])
+        out.append(wrapped(features, None))
+    torch.testing.assert_close(*out)
