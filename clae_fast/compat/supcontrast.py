@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .. import functional
 from .. import validation as check
 from ..numerics import full_precision
-from ._rows import row_lse, rows_of, shared_ids
+from ._rows import cross_entropy, row_lse, rows_of, shared_ids
 
 __all__ = ["SupConLoss"]
 
@@ -59,30 +59,25 @@ class SupConLoss(nn.Module):
         if len(labels) != B:
             raise ValueError(f"labels must be ({B},), got {tuple(labels.shape)}")
         ids = shared_ids(labels, labels)[0]
-        if mask is None and self.contrast_mode == "all":
+        one = self.contrast_mode == "one" and features.shape[1] > 1
+        if mask is None and not one:
             loss = functional.sup_con_loss(
                 features, ids, temperature=self.temperature, normalize=False
             )
         else:
-            loss = _general(features, ids, mask, self.contrast_mode, self.temperature)
+            loss = _general(features, ids, mask, one, self.temperature)
         return loss * (self.temperature / self.base_temperature)
 
 
 @full_precision
 def _general(
-    features: Tensor, ids: Tensor, mask: Tensor | None, mode: str, temperature: float
+    features: Tensor, ids: Tensor, mask: Tensor | None, one: bool, temperature: float
 ) -> Tensor:
     """`lse_i - sum_j y_ij s_ij / sum_j y_ij`: the targets' sums are of (B, D), never N x N."""
     B, V, D = features.shape
     scale = 1 / temperature
     z = rows_of(features.transpose(0, 1).reshape(V * B, D), False).z
-    anchors = z if mode == "all" else z[:B]
-    views = len(anchors) // B
-    everyone = torch.arange(V * B, device=z.device, dtype=torch.int32)
-    if mode == "all":
-        lse = row_lse(z, scale=scale, skip="diagonal")
-    else:
-        lse = row_lse(anchors, z, scale=scale, ids=(everyone[:B], everyone))
+    anchors = z[:B] if one else z
     samples = z.view(V, B, D).sum(0)
     if mask is None:
         slots = int(ids.max()) + 1
@@ -93,8 +88,31 @@ def _general(
         y = mask.to(z)
         wanted, weight, own = y @ samples, y.sum(1), y.diagonal()
     # All views of whom a sample belongs to, less the anchor itself.
-    wanted = wanted.repeat(views, 1) - own.repeat(views)[:, None] * anchors
-    count = V * weight.repeat(views) - own.repeat(views)
+    views = len(anchors) // B
+    count = (V * weight - own).repeat(views)
     none = count < 1e-6  # as theirs: such an anchor is not divided by its count
-    found = (anchors * wanted).sum(1) * scale - count * torch.where(lse == -torch.inf, 0.0, lse)
-    return -(found / torch.where(none, 1.0, count)).mean()
+    per_anchor = torch.where(none, 1.0, count)[:, None]
+    mean = (wanted.repeat(views, 1) - own.repeat(views)[:, None] * anchors) / per_anchor
+    share = torch.where(none, count, 1.0)  # of the denominator: 0 without positives
+    partner, lse = _partner(z, B, one, scale)
+    if partner is None:
+        lse = torch.where(lse == -torch.inf, 0.0, lse)
+        return (share * lse - (anchors * mean).sum(1) * scale).mean()
+    s = (anchors * partner).sum(1) * scale
+    apart = (anchors * (share[:, None] * partner - mean)).sum(1) * scale
+    return (share * cross_entropy(lse, s) + apart).mean()
+
+
+def _partner(z: Tensor, B: int, one: bool, scale: float) -> tuple[Tensor | None, Tensor]:
+    """Another view of each anchor's sample, which stands apart, and the log-sum-exp of the rest.
+
+    None where rows cannot be taken two by two; the log-sum-exp is then that of all others.
+    """
+    if one:
+        everyone = torch.arange(len(z), device=z.device, dtype=torch.int32)
+        first = everyone[:B]
+        columns = torch.cat((first, first, everyone[2 * B :]))
+        return z[B : 2 * B], row_lse(z[:B], z, scale=scale, ids=(first, columns))
+    if len(z) == 2 * B:
+        return z.roll(B, 0), row_lse(z, scale=scale, skip="twins")
+    return None, row_lse(z, scale=scale, skip="diagonal")
