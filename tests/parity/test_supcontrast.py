@@ -33,7 +33,7 @@ def dense(features, labels, mask, temperature, mode, base):
 @compare.examples
 @given(
     compare.seeds,
-    st.lists(st.integers(0, 3), min_size=2, max_size=8),
+    st.lists(st.integers(0, 3), min_size=3, max_size=8),
     st.integers(1, 3),
     compare.widths,
     st.sampled_from(["labels", "mask", "weights", "neither"]),
