@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import functional
 from .. import validation as check
 from ..numerics import cosine, full_precision, log_sum_exp, softplus
 from ._gather import gather, world
@@ -97,7 +98,17 @@ class MultipleNegativesRankingLoss(nn.Module):
         for i, column in enumerate(embeddings[1:], 1):
             check.embeddings("embeddings[0]", embeddings[0], f"embeddings[{i}]", column)
         rank, processes = world() if self.gather_across_devices else (0, 1)
-        return _ranking(embeddings[0], embeddings[1:], rank, processes, self._options())
+        options = self._options()
+        if processes == 1 and options.is_info_nce(len(embeddings)):
+            return functional.info_nce_loss(
+                embeddings[0],
+                embeddings[1],
+                extra_negatives=torch.cat(embeddings[2:]) if len(embeddings) > 2 else None,
+                temperature=1 / options.scale,
+                symmetric=len(options.directions) == 2,
+                normalize=options.normalize,
+            )
+        return _ranking(embeddings[0], embeddings[1:], rank, processes, options)
 
     @property
     def temperature(self) -> float:
@@ -136,6 +147,13 @@ class _Options(NamedTuple):
     joint: bool
     in_batch_hardness: float
     own_hardness: float
+
+    def is_info_nce(self, columns: int) -> bool:
+        """One direction, or both apart for pairs: a loss of ours."""
+        back = {"query_to_doc", "doc_to_query"}
+        both = self.directions == back and not self.joint and columns == 2
+        alone = len(self.directions) == 1 or both
+        return alone and self.in_batch_hardness == self.own_hardness == 0
 
 
 @full_precision

@@ -64,6 +64,28 @@ def test_dot_products(seed, n, negatives, d, hardness, dtype):
     compare.agree(*both(1.0, **options), *columns, dtype=dtype)
 
 
+@compare.examples
+@given(
+    compare.seeds,
+    st.integers(1, 12),
+    st.integers(0, 3),
+    compare.widths,
+    st.floats(1.0, 40.0),
+    st.booleans(),
+    compare.dtypes,
+)
+def test_info_nce(seed, n, negatives, d, scale, symmetric, dtype):
+    """Their default and their symmetric loss: one fused loss of ours where it can be."""
+    columns = [compare.draw(seed + i, n, d) for i in range(2 + negatives)]
+    options = {}
+    if symmetric:
+        options = {
+            "directions": ("doc_to_query", "query_to_doc"),
+            "partition_mode": "per_direction",
+        }
+    compare.agree(*both(scale, **options), *columns, dtype=dtype)
+
+
 class Table(nn.Module):
     """A model as theirs are: features in, `sentence_embedding` out."""
 
