@@ -72,7 +72,8 @@ def agree(
 ) -> None:
     """Ours is within the tolerance of theirs in float64, or nearer to it than theirs is in `dtype`.
 
-    Gradients are measured against the largest of them: at the optimum each is mere rounding.
+    Gradients are measured against the largest of them, or 1: at the optimum, and where a row meets
+    its positive alone, each is the rounding of terms of about that size.
     """
     truth = outcome(theirs_truth or theirs, inputs, torch.float64)
     mine, peers = (outcome(f, inputs, dtype) for f in (ours, theirs))
@@ -80,7 +81,7 @@ def agree(
     largest = max(norm(g) for g in truth[1:])
     for i, (a, b, c) in enumerate(zip(mine, truth, peers, strict=True)):
         assert a is None or a.isfinite().all()
-        scale = max(norm(b), largest if i else 0.0, 0.1)
+        scale = max(norm(b), *((largest, 1.0) if i else (0.1,)))
         allowed = max(TOLERANCE[dtype] * scale, 2 * distance(c, b))
         what = "the value" if i == 0 else f"the gradient of input {i - 1}"
         assert distance(a, b) <= allowed, f"{what}: {distance(a, b):.3g} > {allowed:.3g}"
