@@ -1,0 +1,59 @@
+"""The log-sum-exp of each row over other rows: what a drop-in is made of that is no public loss.
+
+It takes its positives as O(N D) dot products and its negatives as one `row_lse`; the N x M
+similarities exist a tile at a time.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backends import requested
+from ..composite import Pairs
+from ..numerics import Unit, as_given, compute_dtype, full_precision, softplus, unit_rows
+from ..sweeps import Where
+
+Ids = tuple[Tensor, Tensor]
+
+
+def sweeps(scale: float = 1.0) -> Pairs:
+    """The differentiable sweeps over this process's keys, on the backend in use."""
+    return Pairs(Where(requested(None)), scale)
+
+
+@full_precision
+def row_lse(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    skip: str = "none",
+    ids: Ids | None = None,
+) -> Tensor:
+    """`log sum_j e^(scale <q_i, k_j>)` (N,); -inf where no column is left.
+
+    Args:
+        q: (N, D), float32 or float64.
+        k: (M, D) of the same dtype; None: q itself.
+        scale: positive.
+        skip: "none", "diagonal" or, with `k=None` only, "twins".
+        ids: int32 (N,) and (M,): pairs with equal ids are left out.
+    """
+    if k is None:
+        return sweeps(scale).lse(q, q, *(ids or ()), form="self", skip=skip)
+    return sweeps(scale).lse(q, k, *(ids or ()), skip=skip)
+
+
+def rows_of(x: Tensor, normalize: bool) -> Unit:
+    """The rows in the dtype of the arithmetic, on the sphere or as they are."""
+    return (unit_rows if normalize else as_given)(x.to(compute_dtype(x.dtype)))
+
+
+def shared_ids(rows: Tensor, columns: Tensor) -> Ids:
+    """Labels of any dtype as int32 ids that are equal where the labels are."""
+    both = torch.cat((rows, columns)).unique(return_inverse=True)[1].to(torch.int32)
+    return both[: len(rows)], both[len(rows) :]
+
+
+def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
+    """`-positive + log(e^positive + e^lse)` per row: lse is that of the negatives alone."""
+    return softplus(lse - positive)

@@ -1,0 +1,327 @@
+"""`pytorch_metric_learning.losses`: NTXentLoss, SupConLoss, SelfSupervisedLoss.
+
+Their denominators differ and stay so: NT-Xent's holds the one positive and the negatives, SupCon's
+all rows but the anchor.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .. import validation as check
+from ..numerics import full_precision, log_sum_exp
+from ._groups import positive_pairs
+from ._refuse import refuse
+from ._rows import Ids, cross_entropy, row_lse, rows_of, shared_ids
+
+__all__ = ["NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
+
+SERVED = ("distance", "reducer", "collect_stats")
+
+
+class Losses(NamedTuple):
+    """What a reducer gets: one loss a positive pair, or one a row."""
+
+    losses: Tensor
+    indices: tuple[Tensor, Tensor] | Tensor
+    reduction_type: str
+
+
+class Problem(NamedTuple):
+    """Rows and columns on the sphere or as they are, and who is whose positive."""
+
+    u: Tensor  # (N, D)
+    v: Tensor  # (M, D)
+    ids: Ids
+    itself: Tensor | None  # the column that is row i itself; None: there is none
+    scale: float
+
+    def lse(self, ids: Ids | None, skip: str = "none") -> Tensor:
+        return row_lse(
+            self.u, None if self.v is self.u else self.v, scale=self.scale, skip=skip, ids=ids
+        )
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Positives and negatives of each row (N,)."""
+        rows, columns = self.ids
+        number = int(torch.cat(self.ids).max()) + 1
+        same = torch.bincount(columns, minlength=number)[rows]
+        return same - int(self.itself is not None), len(columns) - same
+
+
+class PairLoss(nn.Module):
+    """What the two share: their call, their options and their reduction."""
+
+    def __init__(self, temperature: float, **kwargs: Any) -> None:
+        super().__init__()
+        check.positive_number("temperature", temperature)
+        for name, value in kwargs.items():
+            if value is not None and name not in SERVED:
+                refuse(name, value, ", ".join(SERVED))
+        if kwargs.get("collect_stats"):
+            refuse("collect_stats", kwargs["collect_stats"], "None and False")
+        self.temperature = temperature
+        self.distance = kwargs.get("distance")
+        self.normalize = _normalizes(self.distance)
+        self.reducer: Callable[..., Any] | None = kwargs.get("reducer")
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        check.matrix("embeddings", embeddings)
+        if labels is None and indices_tuple is None:
+            raise ValueError("labels and indices_tuple are both None: one must say who belongs")
+        labels = None if labels is None else labels.to(embeddings.device)
+        if ref_emb is None:
+            ref_emb, ref_labels = embeddings, labels
+        elif ref_labels is not None:
+            ref_labels = ref_labels.to(ref_emb.device)
+        check.embeddings("embeddings", embeddings, "ref_emb", ref_emb, same_rows=False)
+        # Theirs takes labels that are one object for rows that are one, too: no row is the positive
+        # of the same index then. A clone of the labels says that the references are other rows.
+        one = ref_labels is None or ref_labels is labels
+        _check_labels("labels", labels, embeddings)
+        _check_labels("ref_labels", labels if one else ref_labels, ref_emb)
+        if indices_tuple is not None:
+            found = self._of_tuple(embeddings, ref_emb, indices_tuple)
+        else:
+            found = self._of_labels(embeddings, ref_emb, labels, labels if one else ref_labels, one)
+        return self._reduce(found, embeddings, labels)
+
+    def pairs(self, embeddings: Tensor, ref_emb: Tensor, symmetric: bool) -> Tensor:
+        """Row i of one belongs to row i of the other and to no other row."""
+        check.embeddings("embeddings", embeddings, "ref_emb", ref_emb)
+        options: dict[str, Any] = {
+            "temperature": self.temperature, "normalize": self.normalize, "reduction": "none",
+        }  # fmt: skip
+        B, device = len(embeddings), embeddings.device
+        place = torch.arange(B, device=device)
+        if symmetric:
+            losses = functional.nt_xent_loss(embeddings, ref_emb, **options)
+            embeddings = torch.cat((embeddings, ref_emb))
+            place, twin = torch.arange(2 * B, device=device), place.repeat(2)
+            indices = place, place.roll(B)
+        else:
+            losses = functional.info_nce_loss(embeddings, ref_emb, **options)
+            twin, indices = place, (place, place)
+        found = self._one_each(losses, indices) if B > 1 else None
+        return self._reduce(found, embeddings, twin)
+
+    def _of_labels(
+        self, embeddings: Tensor, ref_emb: Tensor, labels: Any, ref_labels: Any, one: bool
+    ) -> Losses | None:
+        u = rows_of(embeddings, self.normalize).z
+        v = u if ref_emb is embeddings else rows_of(ref_emb, self.normalize).z
+        if one and len(u) != len(v):
+            raise ValueError(f"ref_labels are needed: ref_emb has {len(v)} rows, labels {len(u)}")
+        itself = torch.arange(len(u), device=u.device) if one else None
+        problem = Problem(u, v, shared_ids(labels, ref_labels), itself, 1 / self.temperature)
+        positives, negatives = (int(x.sum()) for x in problem.counts())
+        if not self._enough(positives, negatives):
+            return None
+        return self._losses(problem)
+
+    def _of_tuple(
+        self, embeddings: Tensor, ref_emb: Tensor, indices: tuple[Tensor, ...]
+    ) -> Losses | None:
+        """Pairs listed one by one: plain PyTorch over an N x M matrix, as the list may be long."""
+        if len(indices) not in (3, 4):
+            raise ValueError(f"indices_tuple must hold 3 or 4 tensors, got {len(indices)}")
+        anchor, positive, other, negative = (
+            indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
+        )
+        if not self._enough(len(anchor), len(other)):
+            return None
+        u, v = (rows_of(x, self.normalize).z for x in (embeddings, ref_emb))
+        s = all_pairs(u, v) / self.temperature
+        return self._listed(s, anchor, positive, other, negative)
+
+    def _reduce(self, found: Losses | None, embeddings: Tensor, labels: Any) -> Tensor:
+        if found is None:
+            told: dict[str, Any] = {
+                "losses": 0, "indices": None, "reduction_type": "already_reduced",
+            }  # fmt: skip
+        else:
+            told = found._asdict()
+        if self.reducer is not None:
+            out: Tensor = self.reducer({"loss": told}, embeddings, labels)
+            return out
+        return (embeddings * 0).sum() if found is None else self._mean(found.losses)
+
+    def _enough(self, positives: int, negatives: int) -> bool:
+        raise NotImplementedError
+
+    def _losses(self, problem: Problem) -> Losses:
+        raise NotImplementedError
+
+    def _listed(self, s: Tensor, *pairs: Tensor) -> Losses:
+        raise NotImplementedError
+
+    def _one_each(self, losses: Tensor, indices: tuple[Tensor, Tensor]) -> Losses:
+        raise NotImplementedError
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class NTXentLoss(PairLoss):
+    """Each positive pair against the negatives of its anchor; other positives do not count.
+
+    Replaces `pytorch_metric_learning.losses.NTXentLoss`: (N, D), labels (N,), reducers of theirs.
+    `indices_tuple` works in plain PyTorch with an N x M matrix. Theirs stops at -log of the
+    smallest number (87.3 in float32) with no gradient, this does not. Not served: distances but
+    CosineSimilarity and DotProductSimilarity, `embedding_regularizer`, `collect_stats=True`.
+
+    Example:
+        >>> from clae_fast.compat.pytorch_metric_learning import NTXentLoss
+        >>> NTXentLoss(temperature=0.1)(torch.randn(8, 4), torch.arange(4).repeat(2)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, temperature: float = 0.07, **kwargs: Any) -> None:
+        super().__init__(temperature, **kwargs)
+
+    def _enough(self, positives: int, negatives: int) -> bool:
+        return positives > 0 and negatives > 0 and max(positives, negatives) > 1
+
+    def _losses(self, problem: Problem) -> Losses:
+        pairs = positive_pairs(problem.u, problem.v, problem.ids, problem.itself)
+        lse = problem.lse(problem.ids)[pairs.rows]
+        losses = cross_entropy(lse, pairs.similarity * problem.scale)
+        return Losses(losses, (pairs.rows, pairs.columns), "pos_pair")
+
+    def _listed(self, s: Tensor, *pairs: Tensor) -> Losses:
+        anchor, positive, other, negative = pairs
+        values = s[other, negative]
+        top = values.detach().new_full((len(s),), -torch.inf)
+        top = top.scatter_reduce(0, other, values.detach(), "amax")
+        shift = torch.where(top == -torch.inf, 0.0, top)
+        total = s.new_zeros(len(s)).index_add(0, other, (values - shift[other]).exp())
+        none = total == 0
+        lse = torch.where(none, -torch.inf, shift + torch.where(none, 1.0, total).log())
+        losses = cross_entropy(lse[anchor], s[anchor, positive])
+        return Losses(losses, (anchor, positive), "pos_pair")
+
+    def _one_each(self, losses: Tensor, indices: tuple[Tensor, Tensor]) -> Losses:
+        return Losses(losses, indices, "pos_pair")
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        return losses.mean()
+
+
+class SupConLoss(PairLoss):
+    """The mean over an anchor's positives, against all rows but itself.
+
+    Replaces `pytorch_metric_learning.losses.SupConLoss`; the mean is over the rows whose loss is
+    not 0. What it takes, and what is not served, as `NTXentLoss`.
+
+    Example:
+        >>> from clae_fast.compat.pytorch_metric_learning import SupConLoss
+        >>> SupConLoss()(torch.randn(8, 4), torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])).shape
+        torch.Size([])
+    """
+
+    def __init__(self, temperature: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(temperature, **kwargs)
+
+    def _enough(self, positives: int, negatives: int) -> bool:
+        return positives > 0 and negatives > 0 and max(positives, negatives) > 1
+
+    def _losses(self, problem: Problem) -> Losses:
+        u, ids, t = problem.u, problem.ids[0], 1 / problem.scale
+        if problem.v is u and problem.itself is not None:
+            losses = functional.sup_con_loss(
+                u, ids, temperature=t, normalize=False, reduction="none"
+            )
+        else:
+            skip = "none" if problem.itself is None else "diagonal"
+            count, mean = problem.counts()[0], positive_mean(problem)
+            losses = problem.lse(None, skip) - (u * mean).sum(1) * problem.scale
+            losses = torch.where(count > 0, losses, 0.0)
+        return self._rows(losses)
+
+    def _listed(self, s: Tensor, *pairs: Tensor) -> Losses:
+        anchor, positive, other, negative = pairs
+        is_positive, is_negative = (torch.zeros_like(s, dtype=torch.bool) for _ in range(2))
+        is_positive[anchor, positive] = True
+        is_negative[other, negative] = True
+        lse = log_sum_exp(s.masked_fill(~(is_positive | is_negative), -torch.inf))
+        count = is_positive.sum(1)
+        mean = torch.where(is_positive, s, 0.0).sum(1) / count.clamp_min(1)
+        return self._rows(torch.where(count > 0, lse - mean, 0.0))
+
+    def _one_each(self, losses: Tensor, indices: tuple[Tensor, Tensor]) -> Losses:
+        return self._rows(losses)
+
+    def _rows(self, losses: Tensor) -> Losses:
+        return Losses(losses, torch.arange(len(losses), device=losses.device), "element")
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        there = ~(losses <= 0)  # a NaN is there
+        return torch.where(there, losses, 0.0).sum() / there.sum().clamp_min(1)
+
+
+def positive_mean(problem: Problem) -> Tensor:
+    """The mean of a row's positives (N, D), by the sums of classes; 0 where it has none."""
+    rows, columns = problem.ids
+    number = int(torch.cat(problem.ids).max()) + 1
+    sums = problem.v.new_zeros((number, problem.v.shape[1])).index_add(0, columns, problem.v)
+    mine = sums[rows] if problem.itself is None else sums[rows] - problem.v[problem.itself]
+    return mine / problem.counts()[0].clamp_min(1)[:, None]
+
+
+@full_precision
+def all_pairs(u: Tensor, v: Tensor) -> Tensor:
+    return u @ v.T
+
+
+class SelfSupervisedLoss(nn.Module):
+    """Rows i of two tensors belong together: labels made for `NTXentLoss` and `SupConLoss`.
+
+    Replaces `pytorch_metric_learning.losses.SelfSupervisedLoss`. Not served: other losses.
+
+    Example:
+        >>> from clae_fast.compat.pytorch_metric_learning import NTXentLoss, SelfSupervisedLoss
+        >>> SelfSupervisedLoss(NTXentLoss())(torch.randn(4, 8), torch.randn(4, 8)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, loss: nn.Module, symmetric: bool = True, **kwargs: Any) -> None:
+        super().__init__()
+        if not isinstance(loss, PairLoss):
+            refuse("loss", type(loss).__name__, "NTXentLoss and SupConLoss of this module")
+        for name, value in kwargs.items():
+            raise TypeError(f"SelfSupervisedLoss has no option {name}={value!r}")
+        self.loss = loss
+        self.symmetric = symmetric
+
+    def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
+        return self.loss.pairs(embeddings, ref_emb, self.symmetric)
+
+
+def _check_labels(name: str, labels: Tensor | None, rows: Tensor) -> None:
+    if labels is not None and labels.shape != rows.shape[:1]:
+        raise ValueError(f"{name} must be ({len(rows)},), got {tuple(labels.shape)}")
+
+
+def _normalizes(distance: Any) -> bool:
+    """Whether the distance's rows are on the sphere, for the two similarities that are served."""
+    if distance is None:
+        return True
+    known = type(distance).__name__ in ("CosineSimilarity", "DotProductSimilarity")
+    if not known or (distance.p, distance.power) != (2, 1):
+        _refuse_distance(distance)
+    return bool(distance.normalize_embeddings)
+
+
+def _refuse_distance(distance: Any) -> NoReturn:
+    served = "CosineSimilarity and DotProductSimilarity, both with p=2 and power=1"
+    refuse("distance", distance, served)

@@ -1,0 +1,142 @@
+"""`clae_fast.compat.pytorch_metric_learning` against pytorch-metric-learning."""
+
+import compare
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_metric_learning import distances, losses, miners, reducers
+
+from clae_fast.compat import pytorch_metric_learning as ours
+
+LOSSES = st.sampled_from(["NTXentLoss", "SupConLoss"])
+OPTIONS = {
+    "as it comes": dict,
+    "dot products": lambda: {
+        "distance": distances.DotProductSimilarity(normalize_embeddings=False)
+    },
+    "mean": lambda: {"reducer": reducers.MeanReducer()},
+    "per anchor": lambda: {"reducer": reducers.PerAnchorReducer()},
+    "not 0": lambda: {"reducer": reducers.AvgNonZeroReducer()},
+}
+labels = st.lists(st.integers(-2, 4), min_size=1, max_size=14)
+
+
+def drawn(seed, n, d):
+    return compare.draw(seed, n, d) * 0.3  # dot products of long rows are a lottery
+
+
+def both(name, temperature, option, **call):
+    """The two losses as functions of their float inputs."""
+
+    def of(library):
+        loss = getattr(library, name)(temperature, **OPTIONS[option]())
+
+        def run(embeddings, labels=None, ref_emb=None, ref_labels=None):
+            return loss(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels, **call)
+
+        return run
+
+    return of(ours), of(losses)
+
+
+@compare.examples
+@given(
+    LOSSES, compare.seeds, labels, compare.widths, compare.temperatures,
+    st.sampled_from(sorted(OPTIONS)), compare.dtypes,
+)  # fmt: skip
+def test_labels(name, seed, some, d, temperature, option, dtype):
+    """Classes of any size, rows without a positive, one class alone, one row alone."""
+    inputs = drawn(seed, len(some), d), torch.tensor(some)
+    compare.agree(*both(name, temperature, option), *inputs, dtype=dtype)
+
+
+@compare.examples
+@given(
+    LOSSES, compare.seeds, labels, labels, st.booleans(), compare.widths, compare.temperatures,
+    compare.dtypes,
+)  # fmt: skip
+def test_references(name, seed, some, others, same, d, temperature, dtype):
+    """Other rows as columns; with the very same labels theirs takes row i for column i."""
+    labels = torch.tensor(some)
+    ref_labels = labels if same else torch.tensor(others)
+    inputs = drawn(seed, len(some), d), labels, drawn(seed + 1, len(ref_labels), d), ref_labels
+    compare.agree(*both(name, temperature, "as it comes"), *inputs, dtype=dtype)
+
+
+@compare.examples
+@given(
+    LOSSES, compare.seeds, st.integers(1, 12), st.booleans(), compare.widths,
+    compare.temperatures, compare.dtypes,
+)  # fmt: skip
+def test_self_supervised(name, seed, n, symmetric, d, temperature, dtype):
+    def of(library):
+        return library.SelfSupervisedLoss(getattr(library, name)(temperature), symmetric)
+
+    inputs = drawn(seed, n, d), drawn(seed + 1, n, d)
+    compare.agree(of(ours), of(losses), *inputs, dtype=dtype)
+
+
+@compare.examples
+@given(LOSSES, compare.seeds, labels, st.booleans(), compare.widths, compare.dtypes)
+def test_miners(name, seed, some, triplets, d, dtype):
+    """The tuples of their miners, of pairs and of triplets."""
+    inputs = drawn(seed, len(some), d), torch.tensor(some)
+    miner = miners.TripletMarginMiner(0.2) if triplets else miners.MultiSimilarityMiner()
+    found = miner(*inputs)
+    compare.agree(*both(name, 0.5, "as it comes", indices_tuple=found), *inputs, dtype=dtype)
+
+
+def test_nt_xent_goes_on_where_theirs_stops():
+    """Theirs adds the smallest number inside the logarithm: 87.3 at most, and no gradient."""
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [1.0, 0.0], [-1.0, 0.01]], requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 1])
+    theirs = losses.NTXentLoss(0.01)(z, labels)
+    assert theirs < 87.4
+    truth = losses.NTXentLoss(0.01)(z.double(), labels)
+    assert truth > 190
+    torch.testing.assert_close(ours.NTXentLoss(0.01)(z, labels), truth.float())
+
+
+def test_reducer_that_reduces_nothing():
+    z, labels = drawn(0, 6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    for name in ("NTXentLoss", "SupConLoss"):
+        out = [
+            getattr(x, name)(reducer=reducers.DoNothingReducer())(z, labels) for x in (ours, losses)
+        ]
+        mine, theirs = (x["loss"] for x in out)
+        torch.testing.assert_close(mine["losses"], theirs["losses"])
+        torch.testing.assert_close(mine["indices"], theirs["indices"])
+        assert mine["reduction_type"] == theirs["reduction_type"]
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_refused(name):
+    loss = getattr(ours, name)
+    for option, value in {
+        "distance": distances.LpDistance(),
+        "embedding_regularizer": torch.nn.Identity(),
+        "collect_stats": True,
+        "weight_regularizer": 1,
+    }.items():
+        with pytest.raises(NotImplementedError, match=option):
+            loss(**{option: value})
+    with pytest.raises(NotImplementedError, match="p=2"):
+        loss(distance=distances.CosineSimilarity(p=1))
+    with pytest.raises(NotImplementedError, match="TripletMarginLoss"):
+        ours.SelfSupervisedLoss(losses.TripletMarginLoss())
+    with pytest.raises(ValueError, match="labels and indices_tuple"):
+        loss()(torch.randn(3, 2))
+    with pytest.raises(ValueError, match=r"labels must be \(3,\)"):
+        loss()(torch.randn(3, 2), torch.arange(4))
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_inside_cross_batch_memory(name):
+    """A wrapper of theirs: references from past batches, and pairs as tuples."""
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    out = []
+    for library in (ours, losses):
+        memory = losses.CrossBatchMemory(getattr(library, name)(0.3), 3, memory_size=12)
+        out.append([float(memory(drawn(i, 5, 3), labels)) for i in range(4)])
+    assert out[0] == pytest.approx(out[1])
