@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import branch_memory
+from .sync_batchnorm import SyncBatchNorm
 
 BRANCHES = ("main", "aux")
 M = TypeVar("M", bound=nn.Module)
@@ -56,8 +57,8 @@ class DualBatchNorm3d(DualBatchNorm, nn.BatchNorm3d):
     """As DualBatchNorm1d, of `nn.BatchNorm3d`."""
 
 
-class DualSyncBatchNorm(DualBatchNorm, nn.SyncBatchNorm):
-    """As DualBatchNorm1d, of `nn.SyncBatchNorm`."""
+class DualSyncBatchNorm(DualBatchNorm, SyncBatchNorm):
+    """As DualBatchNorm1d, of `nn.SyncBatchNorm`; both branches train on the CPU too."""
 
 
 _DUAL: dict[type[nn.Module], type[DualBatchNorm]] = {
@@ -65,15 +66,16 @@ _DUAL: dict[type[nn.Module], type[DualBatchNorm]] = {
     nn.BatchNorm2d: DualBatchNorm2d,
     nn.BatchNorm3d: DualBatchNorm3d,
     nn.SyncBatchNorm: DualSyncBatchNorm,
+    SyncBatchNorm: DualSyncBatchNorm,
 }
 
 
-def _plain(layer: nn.Module) -> type[_BatchNorm]:
-    """The class of PyTorch behind a layer, dual or not."""
-    for cls in type(layer).__mro__:
-        if cls in _DUAL:
-            return cls  # type: ignore[return-value]
-    raise TypeError(f"{type(layer).__qualname__} has no BatchNorm of a dimension behind it")
+def _plain(kind: type[nn.Module]) -> list[type[_BatchNorm]]:
+    """The single classes behind a class, dual or not: ours, if there is one, then PyTorch's."""
+    found: list[Any] = [cls for cls in kind.__mro__ if cls in _DUAL]
+    if not found:
+        raise TypeError(f"{kind.__qualname__} has no BatchNorm of a dimension behind it")
+    return found
 
 
 def _layers(model: nn.Module) -> tuple[dict[str, DualBatchNorm], dict[str, _BatchNorm]]:
@@ -125,7 +127,7 @@ def convert_dual_batchnorm(model: M, *, momentum: float | None = 0.01) -> M:
     _, single = _layers(model)
     for name, layer in single.items():
         if type(layer) not in _DUAL:
-            known = ", ".join(c.__name__ for c in _DUAL)
+            known = ", ".join(dict.fromkeys(c.__name__ for c in _DUAL))
             raise TypeError(
                 f"cannot convert {name or 'the model'!r}: {type(layer).__qualname__} is a "
                 f"BatchNorm subclass that clae_fast does not know (it knows exactly {known}); "
@@ -141,11 +143,12 @@ def convert_dual_batchnorm(model: M, *, momentum: float | None = 0.01) -> M:
 
 
 def _twin(layer: _BatchNorm, momentum: float | None) -> _BatchNorm:
-    """A BatchNorm of the same class and state with its own momentum."""
+    """A BatchNorm of the same kind and state with its own momentum."""
     options: dict[str, Any] = {}
     if isinstance(layer, nn.SyncBatchNorm):
         options["process_group"] = layer.process_group
-    twin = _plain(layer)(
+    kind = _plain(_DUAL.get(type(layer), type(layer)))[0]
+    twin = kind(
         layer.num_features,
         layer.eps,
         momentum,
@@ -189,7 +192,7 @@ def strip_dual_batchnorm(model: M) -> M:
     for layer in dual.values():
         del layer.aux
         layer.__dict__.pop("branch", None)
-        layer.__class__ = _plain(layer)  # type: ignore[assignment]
+        layer.__class__ = _plain(type(layer))[-1]  # type: ignore[assignment]
     _unhook_loading(model)
     return model
 
