@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import branch_memory
-from .sync_batchnorm import SyncBatchNorm
+from .sync_batchnorm import SYNCHRONIZED, SyncBatchNorm
 
 BRANCHES = ("main", "aux")
 M = TypeVar("M", bound=nn.Module)
@@ -58,7 +58,10 @@ class DualBatchNorm3d(DualBatchNorm, nn.BatchNorm3d):
 
 
 class DualSyncBatchNorm(DualBatchNorm, SyncBatchNorm):
-    """As DualBatchNorm1d, of `nn.SyncBatchNorm`; both branches train on the CPU too."""
+    """As DualBatchNorm1d, of `nn.SyncBatchNorm`; both branches train on the CPU too.
+
+    It is no subclass of `nn.SyncBatchNorm`: DistributedDataParallel refuses those on the CPU.
+    """
 
 
 _DUAL: dict[type[nn.Module], type[DualBatchNorm]] = {
@@ -70,12 +73,12 @@ _DUAL: dict[type[nn.Module], type[DualBatchNorm]] = {
 }
 
 
-def _plain(kind: type[nn.Module]) -> list[type[_BatchNorm]]:
-    """The single classes behind a class, dual or not: ours, if there is one, then PyTorch's."""
-    found: list[Any] = [cls for cls in kind.__mro__ if cls in _DUAL]
-    if not found:
-        raise TypeError(f"{kind.__qualname__} has no BatchNorm of a dimension behind it")
-    return found
+def _plain(kind: type[nn.Module]) -> type[_BatchNorm]:
+    """The single class behind a class, dual or not."""
+    for cls in kind.__mro__:
+        if cls in _DUAL:
+            return cls  # type: ignore[return-value]
+    raise TypeError(f"{kind.__qualname__} has no BatchNorm of a dimension behind it")
 
 
 def _layers(model: nn.Module) -> tuple[dict[str, DualBatchNorm], dict[str, _BatchNorm]]:
@@ -145,9 +148,9 @@ def convert_dual_batchnorm(model: M, *, momentum: float | None = 0.01) -> M:
 def _twin(layer: _BatchNorm, momentum: float | None) -> _BatchNorm:
     """A BatchNorm of the same kind and state with its own momentum."""
     options: dict[str, Any] = {}
-    if isinstance(layer, nn.SyncBatchNorm):
+    if isinstance(layer, SYNCHRONIZED):
         options["process_group"] = layer.process_group
-    kind = _plain(_DUAL.get(type(layer), type(layer)))[0]
+    kind = _plain(_DUAL.get(type(layer), type(layer)))  # of SyncBatchNorm: ours
     twin = kind(
         layer.num_features,
         layer.eps,
@@ -192,7 +195,9 @@ def strip_dual_batchnorm(model: M) -> M:
     for layer in dual.values():
         del layer.aux
         layer.__dict__.pop("branch", None)
-        layer.__class__ = _plain(type(layer))[-1]  # type: ignore[assignment]
+        plain = _plain(type(layer))
+        kind = nn.SyncBatchNorm if plain is SyncBatchNorm else plain
+        layer.__class__ = kind  # type: ignore[assignment]
     _unhook_loading(model)
     return model
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import requested
+from .sync_batchnorm import SYNCHRONIZED
 
 DEVICE = "cuda"  # of the tensors that a graph can be recorded from
 WARM_UP = 3  # attacks before the recording: libraries and compilers make their choices in them
@@ -155,5 +156,5 @@ def _synchronises(encoder: nn.Module) -> bool:
     return (
         distributed
         and torch.distributed.get_world_size() > 1
-        and any(isinstance(m, nn.SyncBatchNorm) for m in encoder.modules())
+        and any(isinstance(m, SYNCHRONIZED) for m in encoder.modules())
     )

@@ -14,6 +14,7 @@ from .batchnorm import aux_layers, batchnorm_branch, replay_aux, running_statist
 from .grad import leaf, value_and_grad
 from .graphed import GraphedAttack
 from .losses import NTXentLoss
+from .sync_batchnorm import synchronizing_groups
 
 ATTACKS = ("exact", "shared")
 
@@ -59,15 +60,18 @@ def clae_step(
     statistics, which the published attack advances twice, are replayed. One quirk is left out: the
     published Plain encodes x_i twice and counts it twice in the main statistics.
 
+    In several processes a loss over all of them (`group="world"`) and SyncBatchNorm, converted
+    before the dual conversion, make it the step of one process on the whole batch.
+
     Args:
         encoder: x -> embeddings (B, D); converted by `convert_dual_batchnorm` if it has any
-            BatchNorm. Under DistributedDataParallel pass the wrapped module, built with
-            `find_unused_parameters=False, broadcast_buffers=False`; the attack runs on the inner
-            one.
+            BatchNorm. Pass the module that DistributedDataParallel (built with
+            `find_unused_parameters=False, broadcast_buffers=False`) or `fully_shard` made of it:
+            the attack sends no gradients.
         x_i: (B, ...) first views; the ones that are attacked.
         x_j: (B, ...) second views, same shape.
         loss: (z_i, z_j) -> scalar: `NTXentLoss` (SimCLR), `InfoNCELoss` (Plain), `UELLoss` (UEL) or
-            any callable. None: `NTXentLoss(0.5)`.
+            any callable. None: `NTXentLoss(0.5)`. In several processes give it a `group`.
         eps: in units of x_i, a number or a tensor that broadcasts to it. 0.03 is the published
             value, in normalised units.
         alpha: weight of the adversarial term, at least 0.
@@ -123,7 +127,7 @@ def clae_step(
         with batchnorm_branch(encoder, "main"), torch.enable_grad():
             start = leaf(x_i).requires_grad_()
             z_i = _encode(encoder, start)
-            _backward_to_input(z_i, start, loss, retain_graph=True)
+            _backward_to_input(encoder, z_i, start, loss, retain_graph=True)
         assert start.grad is not None
         grad = start.grad
     x_adv = sign_step(leaf(x_i), grad, x_i, eps, eps, bounds)
@@ -147,14 +151,18 @@ def _attack_gradient(
     before = running_statistics(layers)
     with batchnorm_branch(encoder, "aux"), frozen(encoder), torch.enable_grad():
         start = leaf(x).requires_grad_()
-        _backward_to_input(_encode(encoder, start), start, loss)
+        _backward_to_input(encoder, _encode(encoder, start), start, loss)
     replay_aux(before, layers)  # the published attack runs two such forwards
     assert start.grad is not None
     return start.grad
 
 
 def _backward_to_input(
-    z: Tensor, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], retain_graph: bool = False
+    encoder: nn.Module,
+    z: Tensor,
+    x: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    retain_graph: bool = False,
 ) -> None:
     """Fill `x.grad` with the gradient of `loss(z as a constant, z)`, up to a positive factor."""
     if not z.requires_grad:
@@ -166,11 +174,19 @@ def _backward_to_input(
     if half or torch.is_autocast_enabled(z.device.type):
         # Only signs matter: a largest entry near 1 keeps small ones from becoming 0.
         dz = dz.float()
-        dz = torch.ldexp(dz, -torch.frexp(dz.abs().amax()).exponent)
+        dz = torch.ldexp(dz, -torch.frexp(_largest(encoder, dz)).exponent)
     # backward and not autograd.grad: the latter raises under FlopCounterMode
     torch.autograd.backward(z, dz.to(z.dtype), inputs=[x], retain_graph=retain_graph)
     if x.grad is None:
         raise ValueError("encoder's output must depend on its input, got one that does not")
+
+
+def _largest(encoder: nn.Module, dz: Tensor) -> Tensor:
+    """The largest |dz|, of all processes whose gradients a SyncBatchNorm adds up: one factor."""
+    largest = dz.abs().amax() if dz.numel() else dz.new_zeros(())
+    for group in synchronizing_groups(encoder):
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+    return largest
 
 
 def _encode(encoder: nn.Module, x: Tensor) -> Tensor:

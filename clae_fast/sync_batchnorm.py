@@ -1,8 +1,8 @@
 """BatchNorm over the images of several processes, on the CPU too.
 
-PyTorch's SyncBatchNorm refuses CPU tensors in training; this one takes them, and is PyTorch's
-everywhere else. Two small collectives a layer: the statistics in the forward, two sums in the
-backward.
+PyTorch's SyncBatchNorm refuses CPU tensors in training; this one takes them, and runs PyTorch's
+code everywhere else. Two small collectives a layer: the statistics in the forward, two sums in
+the backward.
 """
 
 from typing import Any
@@ -12,11 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .numerics import compute_dtype
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """`nn.SyncBatchNorm` that also trains on the CPU.
 
         mean = sum_r n_r mean_r / n                            over the processes r, n = sum_r n_r
@@ -29,8 +30,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     averages them. In eval mode, without a process group or in a group of one it is a BatchNorm.
     Under torch.compile the layer is a graph break on the CPU.
 
-    Arguments and state as `nn.SyncBatchNorm`. Shape: (B, C, ...) -> the same; B may differ between
-    the processes.
+    Arguments and state as `nn.SyncBatchNorm`, of which it is no subclass: DistributedDataParallel
+    refuses those on the CPU. Shape: (B, C, ...) -> the same; B may differ between the processes.
 
     Raises:
         ValueError: fewer than two values per channel in all processes together.
@@ -39,16 +40,35 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     Variances", 1979, for merging the variances.
     """
 
+    _check_input_dim: Any = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels: Any = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+        self.process_group = process_group
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalise input (B, C, ...)."""
-        if not self.training or input.device.type != "cpu":
-            return super().forward(input)
-        return _train_on_cpu(self, input)
+        if self.training and input.device.type == "cpu":
+            return _train_on_cpu(self, input)
+        return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
+
+
+SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
 # Collectives and counts are never traced into a graph of one process.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _train_on_cpu(layer: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+def _train_on_cpu(layer: SyncBatchNorm, x: Tensor) -> Tensor:
     layer._check_input_dim(x)
     layer._check_non_zero_input_channels(x)
     factor = 0.0 if layer.momentum is None else layer.momentum
@@ -75,12 +95,20 @@ def _train_on_cpu(layer: nn.SyncBatchNorm, x: Tensor) -> Tensor:
     return out
 
 
-def synchronizing_group(layer: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+def synchronizing_group(layer: Any) -> dist.ProcessGroup | None:
     """The processes whose images the layer would normalise together; None: this one alone."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     group = layer.process_group or dist.group.WORLD
     return None if dist.get_world_size(group) < 2 else group
+
+
+def synchronizing_groups(model: nn.Module) -> list[dist.ProcessGroup]:
+    """The groups over which gradients of several processes mix in a backward, smallest first."""
+    layers = [m for m in model.modules() if isinstance(m, SYNCHRONIZED) and m.training]
+    groups = {group for m in layers if (group := synchronizing_group(m)) is not None}
+    # By size, and by name among equals: the same order in all processes.
+    return sorted(groups, key=lambda group: (dist.get_world_size(group), group.group_name))
 
 
 def _statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
