@@ -24,7 +24,7 @@ from clae_fast.pretraining import (
     pretrain,
 )
 from clae_fast.pretraining import loop as loop_module
-from clae_fast.pretraining.checkpoint import checkpoints
+from clae_fast.pretraining.checkpoint import checkpoints, load_checkpoint
 from clae_fast.pretraining.launch import launch
 from clae_fast.pretraining.machine import choose_device, default_threads
 from clae_fast.pretraining.metrics import read_metrics
@@ -208,10 +208,12 @@ def test_resumed_by_as_many_it_gives_the_very_numbers(found, folder):
     assert numbers(folder / "cut") == numbers(folder / "whole")
 
 
-def test_processes_drop_out_other_elements(found):
-    """One process with that dropout goes another way, and both of two have one result."""
-    first, second = (part["whole"]["weights"] for part in found)
-    assert all(torch.equal(second[k], v) for k, v in first.items())
+def test_every_process_draws_its_own_random_numbers(found, folder):
+    _, state = load_checkpoint(checkpoints(folder / "whole")[-1])
+    first, second = state["rng"]
+    assert not torch.equal(first, second)
+    weights = [part["whole"]["weights"] for part in found]  # and has the same result
+    assert all(torch.equal(weights[1][k], v) for k, v in weights[0].items())
 
 
 def test_resumed_by_another_number_of_processes(found, folder, subset):
@@ -305,10 +307,11 @@ def start(*words):
 
 
 DIGITS = ("--data", "digits", "--workers", 0, "--no-clae", "--batch-size", 200)
+SMALL = ("--encoder", "double_net:with_batchnorm", "--projector", "none")
 
 
 def test_the_command_line_has_one_writer(tmp_path):
-    process = start(*DIGITS, "--epochs", 2, "--output", tmp_path / "out")
+    process = start(*DIGITS, *SMALL, "--epochs", 2, "--output", tmp_path / "out")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.count("trained encoder") == 2  # one of them "untrained encoder"
@@ -326,7 +329,7 @@ def default_threads_of_two():
 
 
 def test_sigterm_then_one_process_goes_on(tmp_path, monkeypatch):
-    process = start(*DIGITS, "--epochs", 40, "--output", tmp_path / "out")
+    process = start(*DIGITS, *SMALL, "--epochs", 60, "--output", tmp_path / "out")
     while "epoch" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(0.2)
