@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .distributed import OverGroup, meet
 from .ops import call, define
@@ -50,11 +51,11 @@ class GroupSweeps(NamedTuple):
 
     # How many rows the others have is known when they are asked.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def gather(self, x: Tensor) -> Tensor:
         return self._met(len(x), x.device).exchange.all_rows(x)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def start(self, rows: int) -> int:
         met = self._met(rows, torch.device("cpu")).exchange
         return sum(met.sizes[: met.rank])

@@ -115,7 +115,7 @@ def clae_step(
         raise ValueError('loss must return a scalar, got one with reduction="none"')
 
     if attack != "shared":
-        inner = _inner(encoder)
+        inner = unwrapped(encoder)
         if isinstance(attack, GraphedAttack):
             grad = attack.gradient(_attack_gradient, inner, x_i, loss)
         else:
@@ -196,7 +196,7 @@ def _encode(encoder: nn.Module, x: Tensor) -> Tensor:
     return z
 
 
-def _inner(encoder: nn.Module) -> nn.Module:
+def unwrapped(encoder: nn.Module) -> nn.Module:
     """The module to attack: DDP would wait for weight gradients that are not computed."""
     original = getattr(encoder, "_orig_mod", encoder)  # of torch.compile
     if isinstance(original, DistributedDataParallel):

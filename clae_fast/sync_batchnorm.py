@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -66,8 +67,9 @@ class SyncBatchNorm(_BatchNorm):
 SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
-# Collectives and counts are never traced into a graph of one process.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# Collectives and counts are never traced into a graph of one process. torch.compiler.disable would
+# import the compiler here, this one does at the first call.
+@_disable_dynamo
 def _train_on_cpu(layer: SyncBatchNorm, x: Tensor) -> Tensor:
     layer._check_input_dim(x)
     layer._check_non_zero_input_channels(x)

@@ -60,9 +60,7 @@ def row_options(
         check.integers("query_ids", query_ids, samples, x)
         check.integers("key_ids", key_ids, samples if columns is None else columns, x)
     if extra_negatives is not None:
-        check.embeddings(
-            name, x, "extra_negatives", extra_negatives, same_rows=False, empty=True
-        )
+        check.embeddings(name, x, "extra_negatives", extra_negatives, same_rows=False, empty=True)
     if extra_ids is not None:
         if extra_negatives is None or query_ids is None:
             missing = "extra_negatives" if extra_negatives is None else "ids of the rows"

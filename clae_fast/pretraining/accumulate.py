@@ -9,6 +9,7 @@ Memory Limited Setup", section 3.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_fast import frozen, value_and_grad
 from clae_fast.adversarial import Bounds, Size, sign_step
-from clae_fast.step import CLAEOutput
+from clae_fast.step import CLAEOutput, unwrapped
 
 from .config import ConfigError
 
@@ -77,7 +78,8 @@ def accumulated_step(
     """The step of `clae_step` (or without CLAE), with the weight gradients added to `.grad`.
 
     Args:
-        encoder: treats every image alone (see `check_independent`), so it has one branch.
+        encoder: treats every image alone (see `check_independent`), so it has one branch. Under
+            DistributedDataParallel gradients are averaged once, after the last part.
         x_i, x_j: (B, ...) views.
         loss: (z_i, z_j) -> scalar.
         part_size: images encoded at a time.
@@ -88,24 +90,35 @@ def accumulated_step(
     Returns:
         CLAEOutput, detached; without CLAE the adversarial loss is 0 and x_adv is x_i.
     """
-    z_i, z_j = _encode(encoder, x_i, part_size), _encode(encoder, x_j, part_size)
+    inner = unwrapped(encoder)
+    z_i, z_j = _encode(inner, x_i, part_size), _encode(inner, x_j, part_size)
     views, embeddings = [x_i, x_j], [z_i, z_j]
     x_adv = x_i
     if clae:
-        x_adv = _attack(encoder, x_i, z_i, loss, part_size, eps, bounds)
+        x_adv = _attack(inner, x_i, z_i, loss, part_size, eps, bounds)
         views.append(x_adv)
-        embeddings.append(_encode(encoder, x_adv, part_size))
+        embeddings.append(_encode(inner, x_adv, part_size))
     leaves = [z.requires_grad_() for z in embeddings]
     with torch.enable_grad():
         clean = loss(leaves[0], leaves[1])
         adversarial = loss(leaves[0], leaves[2]) if clae else torch.zeros_like(clean)
         total = clean + alpha * adversarial
         (total * scale).backward()
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for view, leaf in zip(views, leaves, strict=True):
         assert leaf.grad is not None
-        for x, dz in zip(view.split(part_size), leaf.grad.split(part_size), strict=True):
+        parts += zip(view.split(part_size), leaf.grad.split(part_size), strict=True)
+    for number, (x, dz) in enumerate(parts, 1):
+        with contextlib.nullcontext() if number == len(parts) else _alone(encoder):
             encoder(x).backward(dz)
     return CLAEOutput(total.detach(), clean.detach(), adversarial.detach(), x_adv)
+
+
+def _alone(encoder: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Gradients stay in this process inside."""
+    no_sync = getattr(encoder, "no_sync", contextlib.nullcontext)
+    context: contextlib.AbstractContextManager[None] = no_sync()
+    return context
 
 
 @torch.no_grad()

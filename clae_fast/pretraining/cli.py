@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from .config import METHOD_NAMES, RESUME_MAY_CHANGE, ConfigError, PretrainConfig
 from .files import RESULT, holds_run
+from .launch import launch
 from .options import (
     add_command,
     add_settings,
@@ -25,6 +26,7 @@ from .options import (
 from .presets import PRESETS, preset
 
 if TYPE_CHECKING:
+    from .processes import Processes
     from .result import PretrainResult
 
 PROG = "clae-fast pretrain"
@@ -49,6 +51,9 @@ examples:
   clae-fast pretrain --preset simclr-cifar10 --data-dir data --download --device cuda
   clae-fast pretrain --data folder --data-dir photos --encoder resnet18 --image-size 96
   clae-fast pretrain --resume runs/simclr-clae-mnist5k
+  torchrun --nproc-per-node=4 -m clae_fast pretrain --data folder --data-dir photos
+
+Under torchrun every process takes its share of each batch; the first one writes and prints.
 """
 
 
@@ -99,7 +104,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def answer(prog: str, job: Callable[[], int]) -> int:
-    """Run a command; what users can cause becomes one line on stderr and an exit code."""
+    """Run a command; what users can cause becomes one line on stderr and an exit code.
+
+    Of several processes the first prints what all of them meet.
+    """
+
+    if launch().size > 1 and prog != PROG:
+        return fail(prog, 2, f"torchrun: expected one process, only {PROG} takes several")
 
     def one_line(
         message: Warning | str,
@@ -109,7 +120,8 @@ def answer(prog: str, job: Callable[[], int]) -> int:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        print(f"{prog}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        if launch().rank == 0:
+            print(f"{prog}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     try:
         with warnings.catch_warnings():
@@ -118,13 +130,18 @@ def answer(prog: str, job: Callable[[], int]) -> int:
     except ConfigError as error:
         return fail(prog, 2, option_of(error))
     except KeyboardInterrupt as error:
-        print(f"{prog}: {getattr(error, 'message', 'interrupted')}", file=sys.stderr)
+        if launch().rank == 0:
+            print(f"{prog}: {getattr(error, 'message', 'interrupted')}", file=sys.stderr)
         return 130
 
 
-def fail(prog: str, code: int, message: str) -> int:
-    """Print one line; returns the code."""
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+def fail(prog: str, code: int, message: str, *, of_all: bool = True) -> int:
+    """Print one line; returns the code. What is not `of_all` processes each prints for itself."""
+    here = launch()
+    if not of_all and here.size > 1:
+        message = f"process {here.rank} of {here.size}: {message}"
+    if not of_all or here.rank == 0:
+        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -146,18 +163,38 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume is not None:
         folder, config = args.resume, _resumed(args, given)
 
-    from .files import unwritable_reason
+    from .processes import is_known_to_all, is_loss_of_another, run_processes
 
-    if reason := unwritable_reason(folder):
-        raise ConfigError("output", folder, f"a folder that can be written ({reason})")
+    try:
+        with run_processes(config) as processes:
+            return _train(args, config, folder, processes)
+    except ConfigError:
+        raise
+    except RuntimeError as error:
+        if launch().size == 1 or not (is_known_to_all(error) or is_loss_of_another(error)):
+            raise
+        reason = str(error) if is_known_to_all(error) else f"another process ended ({error})"
+        return fail(PROG, 1, reason)
 
+
+def _train(
+    args: argparse.Namespace, config: PretrainConfig, folder: Path, processes: Processes
+) -> int:
     from .checkpoint import CheckpointError, checkpoints
+    from .files import unwritable_reason
     from .loop import pretrain
     from .monitor import NonFiniteLossError
     from .output import write_result
+    from .processes import is_known_to_all
 
-    if args.resume is not None and not checkpoints(folder):
-        print(f"{PROG}: {folder} has no checkpoint yet, starting anew", file=sys.stderr)
+    def check_folder() -> Path:
+        if reason := unwritable_reason(folder):
+            raise ConfigError("output", folder, f"a folder that can be written ({reason})")
+        if args.resume is not None and not checkpoints(folder):
+            print(f"{PROG}: {folder} has no checkpoint yet, starting anew", file=sys.stderr)
+        return folder
+
+    folder = processes.first_alone(check_folder)  # the others may see runs in other places
     try:
         result = pretrain(
             config,
@@ -166,24 +203,28 @@ def _run(args: argparse.Namespace) -> int:
             resume=args.resume is not None,
             overwrite=args.overwrite,
         )
-        paths = write_result(result, folder)
-    except (NonFiniteLossError, CheckpointError, OSError, ImportError) as error:
+        paths = processes.first_alone(lambda: write_result(result, folder))
+    except (NonFiniteLossError, CheckpointError) as error:
         return fail(PROG, 1, str(error))
-    _report(result, paths)
+    except (OSError, ImportError) as error:
+        return fail(PROG, 1, str(error), of_all=is_known_to_all(error))
+    if processes.first:
+        _report(result, paths)
     return 0
 
 
 def _output_folder(args: argparse.Namespace, config: PretrainConfig) -> Path:
+    first = launch().rank == 0  # which says where
     if args.output is not None:
         folder: Path = args.output
-        if holds_run(folder) and not args.overwrite:
+        if first and holds_run(folder) and not args.overwrite:
             raise ConfigError(
                 "output", folder, "a folder without a run (--overwrite replaces it, --resume DIR "
                 "goes on with it)",
             )  # fmt: skip
         return folder
     name = f"{config.method}{'-clae' if config.clae else ''}-{config.data}"
-    if args.overwrite:
+    if args.overwrite or not first:
         return Path("runs") / name
     numbered = (Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
     return next(folder for folder in numbered if not holds_run(folder))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from .field_checks import ConfigError as ConfigError  # from here for all others
+from .field_checks import FieldChecks
 
 METHODS = ("plain", "uel", "simclr")
 METHOD_NAMES = {"plain": "Plain", "uel": "UEL", "simclr": "SimCLR"}
@@ -28,6 +30,7 @@ _WORDS = {
     "schedule": ("cosine", "step", "constant"),
     "precision": ("float32", "bfloat16", "float16"),
     "backend": BACKENDS,
+    "view_seeds": ("auto", "batch", "image"),
 }
 # What `compare` sets side by side.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,14 +44,6 @@ RESUME_MAY_CHANGE = ("data_dir", "download", "memory_gib", "workers", "threads",
 Milestones = tuple[tuple[int, float], ...]
 
 
-class ConfigError(ValueError):
-    """A setting outside its range: which one, its value, and what was expected."""
-
-    def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field}={value!r}: expected {expected}")
-        self.field, self.value, self.expected = field, value, expected
-
-
 def _setting(default: Any, group: str, metavar: str, text: str) -> Any:
     """A field with what `--help` says of it; None as default is explained in the text."""
     return field(default=default, metadata={"group": group, "metavar": metavar, "help": text})
@@ -59,7 +54,7 @@ _OPTIMISATION, _MACHINE, _RECORDS = "optimisation", "machine", "records"
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(FieldChecks):
     """Settings of one run; the defaults are those of `clae-fast pretrain`.
 
     Every field is an option of the command line, and the text beside it is its help. Named sets
@@ -186,7 +181,9 @@ class PretrainConfig:
     projection: int = _setting(64, _ENCODER, "N", "width of what the loss compares")
 
     epochs: int = _setting(12, _OPTIMISATION, "N", "passes over the images")
-    batch_size: int = _setting(64, _OPTIMISATION, "N", "pairs in a batch")
+    batch_size: int = _setting(
+        64, _OPTIMISATION, "N", "pairs in a batch, of all processes together"
+    )
     drop_last: bool = _setting(
         False, _OPTIMISATION, "", "leave out the last batch of an epoch where it is shorter"
     )
@@ -256,6 +253,14 @@ class PretrainConfig:
         "auto", _MACHINE, "NAME", f"of the losses: {', '.join(BACKENDS)}; auto: the fastest"
     )
     seed: int = _setting(0, _MACHINE, "N", "fixes initial weights, order and views")
+    view_seeds: str = _setting(
+        "auto",
+        _MACHINE,
+        "NAME",
+        "what random views are drawn from: batch (a seed for each batch; of several processes each "
+        "then makes all views of the batch), image (a seed for each image), or auto: batch in one "
+        "process, image in several",
+    )
 
     knn_every: int = _setting(
         0, _RECORDS, "N", "weighted kNN accuracy every N epochs; 0: only at the end"
@@ -382,39 +387,3 @@ class PretrainConfig:
             raise ConfigError("schedule", self.schedule, "milestones beside it")
         if self.schedule != "step" and self.milestones:
             raise ConfigError("milestones", self.milestones, "schedule step beside them")
-
-    def _flag(self, field: str) -> None:
-        if not isinstance(getattr(self, field), bool):
-            raise ConfigError(field, getattr(self, field), "True or False")
-
-    def _one_of(self, field: str, words: tuple[str, ...]) -> None:
-        value = getattr(self, field)
-        if value not in words:
-            raise ConfigError(field, value, "one of " + ", ".join(words))
-
-    def _whole(self, field: str, low: int, note: str = "", below: float = math.inf) -> None:
-        value = getattr(self, field)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not low <= value < below:
-            raise ConfigError(field, value, f"a whole number of at least {low}{note}")
-
-    def _number(
-        self, field: str, above: float | None = None, at_least: float | None = None
-    ) -> None:
-        value = getattr(self, field)
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if number and not isinstance(value, (int, float)):
-            object.__setattr__(self, field, float(value))  # NumPy's: JSON must keep it
-        bound = f"above {above:g}" if above is not None else f"of at least {at_least:g}"
-        if (
-            not number
-            or not math.isfinite(value)
-            or (above is not None and value <= above)
-            or (at_least is not None and value < at_least)
-        ):
-            raise ConfigError(field, value, f"a finite number {bound}")
-
-    def _at_most(self, field: str, high: float, bound: str = "of at most") -> None:
-        value = getattr(self, field)
-        if value > high or (bound == "below" and value == high):
-            raise ConfigError(field, value, f"a number {bound} {high:g}")

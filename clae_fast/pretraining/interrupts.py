@@ -21,8 +21,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def deferred_interrupts(active: bool = True) -> Iterator[Callable[[], bool]]:
+def deferred_interrupts(
+    active: bool = True, *, patient: bool = False
+) -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether Ctrl-C or SIGTERM came; a second one stops at once.
+
+    Not where it is `patient`: torchrun passes on what the terminal has sent already, and kills
+    after 30 seconds.
 
     Does nothing outside the main thread, where Python delivers no signals, or if not `active`.
     """
@@ -30,7 +35,7 @@ def deferred_interrupts(active: bool = True) -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and not patient:
             raise KeyboardInterrupt
         asked = True
 

@@ -24,13 +24,24 @@ from .machine import choose_device, default_threads, num_threads
 from .metrics import Metrics
 from .monitor import LossMonitor, NonFiniteLossError, cause
 from .optim import build_optimizer, learning_rate_factor, set_learning_rate
-from .probe import encode_images, pixel_features, weighted_knn
+from .processes import Processes, run_processes
 from .progress import open_progress
 from .result import Examples, PretrainResult
-from .resume import STATE_VERSION, Saved, check_images, load_saved
+from .resume import (
+    Saved,
+    check_images,
+    image_facts,
+    load_saved,
+    restore,
+    run_state,
+    seed_apart,
+    view_seeds,
+)
 from .runs import start_run
+from .scores import encoder_accuracy, pixel_accuracy
 from .training_step import StepResult, TrainingStep, make_loss
-from .views import EpochBatches, TwoViews, view_loader
+from .views import EpochBatches, TwoViews, check_shares, view_loader
+from .wrapping import synchronized_batchnorm
 
 NUM_EXAMPLES = 10  # images kept for the figure
 
@@ -51,7 +62,9 @@ def pretrain(
         loss = L(f(x_i), f(x_j)) + alpha * L(f(x_i), f_aux(x_adv))    without CLAE the first term
 
     The global random state is left alone. One seed gives one result on one machine with one
-    number of threads; weights, order and views are the same with and without CLAE.
+    number of threads; weights, order and views are the same with and without CLAE. Under torchrun
+    each process takes its share of every batch; the result, which all of them return, is that of
+    one process but for rounding (and for views and dropout: see `view_seeds`).
 
     Args:
         config: the settings; None takes the defaults.
@@ -91,22 +104,51 @@ def pretrain(
     if resume and folder is None:
         raise ConfigError("resume", True, "a folder to resume from")
     where = None if folder is None else Path(folder)
-    if where is not None and not (resume or overwrite) and holds_run(where):
-        raise ConfigError("folder", where, "a folder without a run (overwrite=True replaces it)")
-    if data is None:
-        data = load_data(
+    with run_processes(config) as processes:
+        return _pretrain(
+            config, data, encoder, transform, progress, where, resume, overwrite, processes
+        )
+
+
+def _pretrain(
+    config: PretrainConfig,
+    data: ImageData | None,
+    encoder: ContrastiveModel | None,
+    transform: Transform | None,
+    progress: bool,
+    folder: Path | None,
+    resume: bool,
+    overwrite: bool,
+    processes: Processes,
+) -> PretrainResult:
+    def first_look() -> Saved | None:
+        if folder is not None and not (resume or overwrite) and holds_run(folder):
+            raise ConfigError(
+                "folder", folder, "a folder without a run (overwrite=True replaces it)"
+            )
+        return load_saved(folder, config) if resume and folder is not None else None
+
+    def load() -> ImageData:
+        return data or load_data(
             config.data, config.data_dir, download=config.download, memory_gib=config.memory_gib
         )
+
+    saved = processes.first_alone(first_look)
+    if config.download:  # once, not by all at a time
+        processes.together(lambda: load() if processes.first else None)
+    images = processes.together(load)
     device = choose_device(config)
-    make_loss(config, device)
+    processes.together(lambda: make_loss(config, device))
     cuda = [device] if device.type == "cuda" else []
-    saved = load_saved(where, config) if resume and where is not None else None
     threads = config.threads or default_threads(config)
-    if saved is not None and config.threads is None:
+    if saved is not None and config.threads is None and len(saved[1]["rng"]) == processes.size:
         threads = int(saved[1]["threads"])  # another number would change the last bits
     with torch.random.fork_rng(devices=cuda), num_threads(threads):
-        run = _Run(config, data, encoder, transform, device)
-        return run.go(where, saved, progress)
+        seeds = view_seeds(config, saved, processes)
+        run = processes.together(
+            lambda: _Run(config, images, encoder, transform, device, seeds, processes)
+        )
+        return run.go(folder, saved, progress and processes.first)
 
 
 class _Run:
@@ -119,8 +161,11 @@ class _Run:
         encoder: ContrastiveModel | None,
         transform: Transform | None,
         device: torch.device,
+        seeds: str,
+        processes: Processes,
     ) -> None:
         self.config, self.data, self.device = config, data, device
+        self.view_seeds, self.processes = seeds, processes
         self.mean, self.std = normalization(config, data)
         self.size = view_size(config, data)
         self.channels = len(data.mean)
@@ -128,12 +173,19 @@ class _Run:
         self.encoder = encoder or build_encoder(config, self.channels, self.size)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.encoder.to(device).to(memory_format=layout)
+        seed_apart(config, processes, 0)
         views = TwoViews(
-            data.train_images, self.mean, self.std, transform or build_transform(config, self.size)
+            data.train_images,
+            self.mean,
+            self.std,
+            transform or build_transform(config, self.size),
+            per_image=seeds == "image",
+            processes=processes,
         )
         self.batches = EpochBatches(
             len(data.train_images), config.batch_size, config.seed, config.drop_last
         )
+        check_shares(self.batches, processes)
         pin = device.type == "cuda"
         self.loader = view_loader(views, self.batches, config.workers, pin_memory=pin)
         self.epoch = self.step = 0  # the step to do next, of the epoch
@@ -144,9 +196,14 @@ class _Run:
         self.examples: tuple[torch.Tensor, ...] | None = None
 
     def go(self, folder: Path | None, saved: Saved | None, progress: bool) -> PretrainResult:
-        config, encoder = self.config, self.encoder
+        with synchronized_batchnorm(self.encoder, self.config, self.processes):
+            self._go(folder, saved, progress)
+        return self._result()
+
+    def _go(self, folder: Path | None, saved: Saved | None, progress: bool) -> None:
+        config, encoder, processes = self.config, self.encoder, self.processes
         if saved is not None:
-            check_images(saved[1], self._image_facts())
+            check_images(saved[1], image_facts(self))
         if saved is None:
             self.knn_untrained = self._knn()
         try:
@@ -157,17 +214,20 @@ class _Run:
             if progress:
                 print(f"{self.data.summary()}, views of {self.size} x {self.size}", file=sys.stderr)
             if folder is not None and saved is None:
-                start_run(folder, config)
+                start = folder
+                processes.first_alone(lambda: start_run(start, config))
             length = 0 if saved is None else int(saved[1]["metrics_length"])
             with (
                 Metrics(
-                    folder,
+                    folder if processes.first else None,
                     length,
                     tensorboard=config.tensorboard,
-                    first_step=None if saved is None else self._global_step(),
+                    first_step=None if saved is None else self.global_step(),
                 ) as self.metrics,
-                deferred_interrupts(folder is not None) as interrupted,
+                deferred_interrupts(folder is not None, patient=processes.size > 1) as asked,
             ):
+                # Without a folder a signal ends its process: there is nothing to agree on.
+                interrupted = asked if folder is None else lambda: processes.any(asked())
                 self._train(folder, progress, interrupted)
         except NonFiniteLossError as error:
             found = [] if folder is None else checkpoints(folder)
@@ -177,7 +237,6 @@ class _Run:
         finally:  # an encoder of the caller's is an ordinary one again, whatever happened
             strip_dual_batchnorm(encoder)
             encoder.eval()
-        return self._result()
 
     def _prepare(self, saved: Saved | None) -> None:
         config = self.config
@@ -185,72 +244,30 @@ class _Run:
         self.training_step = TrainingStep(
             config,
             self.encoder,
-            make_loss(config, self.device),
+            make_loss(config, self.device, self.processes),
             self.mean,
             self.std,
             image,
             self.device,
+            self.processes,
         )
         self.optimizer = build_optimizer(config, self.encoder.parameters())
         every = 1 if self.device.type == "cpu" else config.log_every
         self.monitor = LossMonitor(config, self.encoder, every)
-        if saved is None:
-            return
-        weights, state = saved
-        self.encoder.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.training_step.scaler.load_state_dict(state["scaler"])
-        for name in ("epoch", "step", "epoch_losses", "seconds", "images", "knn_untrained"):
-            setattr(self, name, state[name])
-        self.knn_history = [(int(e), float(a)) for e, a in state["knn_history"]]
-        self.examples = None if state["examples"] is None else tuple(state["examples"])
-        self.monitor.total, self.monitor.images = state["loss_total"], state["loss_images"]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if saved is not None:
+            restore(self, saved)
 
-    def _image_facts(self) -> dict[str, Any]:
-        return {
-            "data": self.data.name,
-            "num_images": len(self.data.train_images),
-            "in_channels": self.channels,
-            "image_size": self.size,
-            "mean": tuple(self.mean),
-            "std": tuple(self.std),
-        }
-
-    def _state(self) -> dict[str, Any]:
-        cuda = self.device.type == "cuda"
-        return {
-            "version": STATE_VERSION,
-            "config": self.config.to_dict(),
-            **self._image_facts(),
-            "threads": torch.get_num_threads(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.training_step.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
-            "loss_total": self.monitor.total,
-            "loss_images": self.monitor.images,
-            "epoch_losses": self.epoch_losses,
-            "knn_history": self.knn_history,
-            "knn_untrained": self.knn_untrained,
-            "seconds": self.seconds,
-            "images": self.images,
-            "metrics_length": self.metrics.length,
-            "examples": self.examples,
-        }
-
-    def _global_step(self) -> int:
+    def global_step(self) -> int:
         return self.epoch * len(self.batches) + self.step
 
-    def _save(self, folder: Path) -> Path:
-        self.metrics.sync()  # a checkpoint never knows of lines that a power cut took
-        return save_checkpoint(
-            folder, self.encoder.state_dict(), self._state(), self._global_step()
-        )
+    def _save(self, folder: Path) -> None:
+        state = run_state(self)
+
+        def write() -> None:
+            self.metrics.sync()  # a checkpoint never knows of lines that a power cut took
+            save_checkpoint(folder, self.encoder.state_dict(), state, self.global_step())
+
+        self.processes.first_alone(write)
 
     def _train(self, folder: Path | None, progress: bool, interrupted: Callable[[], bool]) -> None:
         config, data = self.config, self.data
@@ -271,11 +288,12 @@ class _Run:
         start = time.perf_counter()
         for x_i, x_j in self.loader:
             x_i, x_j = self._to_device(x_i), self._to_device(x_j)
-            factor = learning_rate_factor(config, self._global_step(), num_steps)
+            factor = learning_rate_factor(config, self.global_step(), num_steps)
             set_learning_rate(self.optimizer, config.lr * factor)
             self.optimizer.zero_grad(set_to_none=True)
-            out = self._one_step(x_i, x_j)
-            self.monitor.add(self.epoch, self.step, num_steps, out.loss, len(x_i))
+            images = self.batches.size_of(self.step)  # of all processes
+            out = self._one_step(x_i, x_j, images)
+            self.monitor.add(self.epoch, self.step, num_steps, out.loss, images)
             if not self.training_step.update(self.optimizer):
                 raise NonFiniteLossError(
                     f"gradients overflowed in every one of the last steps, up to step "
@@ -283,17 +301,14 @@ class _Run:
                     f"{cause(self.encoder, config)}, or use another precision"
                 )
             if out.x_adv is not None and self.epoch == config.epochs - 1 and self.step == 0:
-                self.examples = tuple(
-                    x[:NUM_EXAMPLES].detach().float().cpu().contiguous()
-                    for x in (x_i, x_j, out.x_adv)
-                )
-            self.images += len(x_i)
+                self._keep_examples(x_i, x_j, out.x_adv)
+            self.images += images
             now = time.perf_counter()
             self.seconds, start = self.seconds + now - start, now
             self.step += 1
-            self.bar.update(self.epoch, len(x_i), self.monitor.last)
-            if self._global_step() % config.log_every == 0:
-                self._log_step(out.clean_loss, out.adversarial_loss, len(x_i), num_steps)
+            self.bar.update(self.epoch, images, self.monitor.last)
+            if self.global_step() % config.log_every == 0:
+                self._log_step(out.clean_loss, out.adversarial_loss, images, num_steps)
             if self.step < num_steps and interrupted():
                 self._stop(folder, num_steps)
         self.monitor.check_weights(self.epoch)
@@ -315,7 +330,7 @@ class _Run:
                 self.knn_history.append((self.epoch, accuracy))
                 values["knn_accuracy"] = accuracy
         values["seconds"] = round(self.seconds, 3)
-        self.metrics.write("epoch", self._global_step(), **values)
+        self.metrics.write("epoch", self.global_step(), **values)
 
     def _log_step(
         self, clean: torch.Tensor, adversarial: torch.Tensor | None, batch: int, num_steps: int
@@ -327,7 +342,7 @@ class _Run:
         lr = self.optimizer.param_groups[0]["lr"]
         rate = self.images / max(self.seconds, 1e-9)
         self.metrics.write(
-            "step", self._global_step(), **values, lr=lr, images_per_second=round(rate, 1)
+            "step", self.global_step(), **values, lr=lr, images_per_second=round(rate, 1)
         )
 
     def _stop(self, folder: Path | None, num_steps: int) -> None:
@@ -343,11 +358,16 @@ class _Run:
             f"{folder}"
         )
 
-    def _one_step(self, x_i: torch.Tensor, x_j: torch.Tensor) -> StepResult:
+    def _keep_examples(self, *images: torch.Tensor) -> None:
+        own = [x[:NUM_EXAMPLES].detach().float().cpu().contiguous() for x in images]
+        parts = self.processes.gather(own)
+        self.examples = tuple(torch.cat(x)[:NUM_EXAMPLES].clone() for x in zip(*parts, strict=True))
+
+    def _one_step(self, x_i: torch.Tensor, x_j: torch.Tensor, images: int) -> StepResult:
         try:
             return self.training_step(x_i, x_j)
         except ValueError as error:
-            if len(x_i) > 1:
+            if images > 1:
                 raise
             raise ConfigError(  # a BatchNorm over features needs two
                 "batch_size",
@@ -361,38 +381,16 @@ class _Run:
         return x.to(self.device, non_blocking=True).contiguous(memory_format=layout)
 
     def _knn(self) -> float | None:
-        data = self.data
-        if data.train_labels is None or data.test_labels is None:
-            return None
-        train, test = (
-            encode_images(
-                self.encoder,
-                images,
-                self.mean,
-                self.std,
-                image_size=self.size,
-                device=self.device,
+        return self.processes.first_alone(
+            lambda: encoder_accuracy(
+                self.encoder, self.config, self.data, self.mean, self.std, self.size, self.device
             )
-            for images in (data.train_images, data.test_images)
         )
-        try:
-            return weighted_knn(train, data.train_labels, test, data.test_labels)
-        except ValueError as error:  # weights so large that the features overflow
-            raise NonFiniteLossError(
-                f"the trained encoder's {error}: {cause(self.encoder, self.config)}"
-            ) from error
 
     def _result(self) -> PretrainResult:
         data, config = self.data, self.config
         trained = self._knn()
-        pixels = None
-        if data.train_labels is not None and data.test_labels is not None:
-            pixels = weighted_knn(
-                pixel_features(data.train_images),
-                data.train_labels,
-                pixel_features(data.test_images),
-                data.test_labels,
-            )
+        pixels = self.processes.first_alone(lambda: pixel_accuracy(data))
         examples = None
         if self.examples is not None:
             mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))

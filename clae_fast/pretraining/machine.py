@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .config import ConfigError, PretrainConfig
+from .launch import launch
 
 
 def choose_device(config: PretrainConfig) -> torch.device:
-    """The device that the settings name.
+    """The device that the settings name; of several processes each has a GPU of its own.
 
     Raises:
-        ConfigError: a GPU that is not there.
+        ConfigError: a GPU that is not there, or one for several processes.
     """
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(config.device)
+    here = launch()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and here.size > 1:
+        if ":" in name:
+            raise ConfigError("device", config.device, "cuda, cpu or auto in several processes")
+        device = torch.device("cuda", here.local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError("device", config.device, f"a device that is here ({count} GPUs)")
@@ -26,12 +34,21 @@ def choose_device(config: PretrainConfig) -> torch.device:
 
 
 def default_threads(config: PretrainConfig) -> int:
-    """What the workers leave of PyTorch's threads, 1 to 4.
+    """What the workers leave of PyTorch's threads, or of this process's cores, 1 to 4.
 
     With more threads than free cores, OpenMP's threads spin while they wait for one another: on
     two cores a step then takes several times as long. Past 4 the small encoder gains nothing.
     """
-    return max(1, min(4, torch.get_num_threads() - config.workers))
+    processes = launch().local_size
+    # torchrun sets PyTorch's threads to 1, however many cores there are.
+    threads = torch.get_num_threads() if processes == 1 else _cores() // processes
+    return max(1, min(4, threads - config.workers))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

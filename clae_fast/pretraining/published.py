@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clae_fast import batchnorm_branch
-from clae_fast.step import CLAEOutput
+from clae_fast.step import CLAEOutput, unwrapped
 
 
 def published_step(
@@ -29,7 +29,7 @@ def published_step(
     statistics. The parameters' `.grad` are cleared. `clae_step` removes all of it.
 
     Args:
-        encoder: with `DualBatchNorm`.
+        encoder: with `DualBatchNorm`. Under DistributedDataParallel the inner one is attacked.
         x_i, x_j: (B, ...) views.
         loss: (z_i, z_j) -> scalar.
         eps, alpha, bounds: as in `clae_step`.
@@ -39,7 +39,8 @@ def published_step(
     """
     x_adv = x_i.detach().clone().requires_grad_()
     with batchnorm_branch(encoder, "aux"):
-        z, z_adv = encoder(x_i), encoder(x_adv)
+        inner = unwrapped(encoder)
+        z, z_adv = inner(x_i), inner(x_adv)
     loss(z, z_adv).backward()
     assert x_adv.grad is not None
     x_adv = (x_adv + eps * x_adv.grad.sign()).detach()

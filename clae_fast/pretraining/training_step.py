@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from clae_fast.backends import requested
 
 from .accumulate import accumulated_step, check_independent
 from .config import ConfigError, PretrainConfig
+from .processes import Processes
 from .published import published_step
+from .wrapping import data_parallel
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOSSES: dict[str, type[nn.Module]] = {
@@ -31,8 +33,14 @@ class StepResult(NamedTuple):
     x_adv: torch.Tensor | None
 
 
-def make_loss(config: PretrainConfig, device: torch.device | str = "cpu") -> nn.Module:
+def make_loss(
+    config: PretrainConfig,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+) -> nn.Module:
     """The loss of the method, tried once so that a backend that cannot run is named at the start.
+
+    Of several processes it is the loss of all their embeddings.
 
     Raises:
         ConfigError: the backend cannot run the loss here.
@@ -45,7 +53,10 @@ def make_loss(config: PretrainConfig, device: torch.device | str = "cpu") -> nn.
             error
         )
     try:
-        loss = _LOSSES[config.method](temperature=config.loss_temperature, backend=backend)
+        options: dict[str, Any] = {"temperature": config.loss_temperature, "backend": backend}
+        if processes is not None and processes.group is not None:
+            options["group"] = processes.group
+        loss = _LOSSES[config.method](**options)
         z = torch.eye(4, device=device)
         loss(z, z)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -67,6 +78,7 @@ class TrainingStep:
         mean, std: per channel: what turns pixel units into normalised ones.
         image: (C, H, W) of a view.
         device: of the encoder.
+        processes: of the run; several average the gradients.
 
     Raises:
         ConfigError: accumulation with an encoder for which it is not exact; a CUDA graph without a
@@ -82,6 +94,7 @@ class TrainingStep:
         std: tuple[float, ...],
         image: torch.Size,
         device: torch.device,
+        processes: Processes | None = None,
     ) -> None:
         self.config, self.loss, self.device = config, loss, device
         self.dtype = _DTYPES[config.precision]
@@ -91,12 +104,12 @@ class TrainingStep:
         )
         if config.accumulate > 1:
             check_independent(encoder, image, config.accumulate)
-        self.encoder = encoder
+        self.encoder = data_parallel(encoder, processes or Processes())
         if config.cuda_graph and device.type != "cuda":
             raise ConfigError("cuda_graph", True, f"a GPU, and the run is on {device}")
         self.attack = GraphedAttack() if config.cuda_graph else config.attack
         if config.compile:
-            self.encoder = cast("nn.Module", torch.compile(encoder))
+            self.encoder = cast("nn.Module", torch.compile(self.encoder))
         m, s = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
         self.eps: float | torch.Tensor
         if config.eps_pixels is not None:
