@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from clae_fast import (
@@ -22,6 +23,9 @@ from clae_fast import (
     uel_loss,
     value_and_grad,
 )
+from clae_fast.compat import lightly as compat_lightly
+from clae_fast.compat import open_clip as compat_open_clip
+from clae_fast.compat import sentence_transformers as compat_st
 from clae_fast.process_group import Group
 
 LOSSES = {
@@ -298,3 +302,59 @@ def parameters(given, dtype):
     bias = torch.tensor(-2.0, dtype=torch.float64).requires_grad_()
     given["extra_negatives"] = given["extra_negatives"].clone().requires_grad_()
     return scale, bias, given["extra_negatives"]
+
+
+def theirs_and_ours(rank):
+    """{mapping of docs/several-processes.md: (their gradients, ours)}, by our drop-ins of theirs,
+    which tests/parity holds against the libraries."""
+    sizes = (4, 4, 4, 4)
+    inputs, split, _ = batch("clip", sizes, torch.float64)
+    mine = share(rank, sizes, inputs, split)
+
+    def gradients(loss):
+        leaves = [x.clone().requires_grad_() for x in mine]
+        loss(*leaves).backward()
+        return [x.grad for x in leaves]
+
+    def clip(**options):
+        loss = compat_open_clip.ClipLoss(rank=rank, world_size=4, **options)
+        return lambda x, y: loss(F.normalize(x, dim=1), F.normalize(y, dim=1), torch.tensor(3.0))
+
+    def ranking(q, k):
+        loss = compat_st.MultipleNegativesRankingLoss(None, gather_across_devices=True)
+        return loss.compute_loss_from_embeddings([q, k], None)
+
+    def siglip(x, y):
+        loss = compat_open_clip.SigLipLoss(rank=rank, world_size=4)
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+        return loss(x, y, torch.tensor(3.0), torch.tensor(-2.0))
+
+    ours = {"group": "world"}
+    pairs = {
+        "clip, whole loss": (
+            clip(local_loss=False, gather_with_grad=True),
+            lambda x, y: clip_loss(x, y, 3.0, normalize=True, **ours),
+        ),
+        "clip, local loss": (
+            clip(local_loss=True, gather_with_grad=True),
+            lambda x, y: clip_loss(x, y, 3.0, normalize=True, **ours),
+        ),
+        "clip, no gradient through the gather": (
+            clip(local_loss=False, gather_with_grad=False),
+            lambda x, y: clip_loss(x, y, 3.0, normalize=True, **ours) / 4,
+        ),
+        "siglip": (siglip, lambda x, y: siglip_loss(x, y, 3.0, -2.0, normalize=True, **ours)),
+        "lightly, gathered": (
+            compat_lightly.NTXentLoss(0.3, gather_distributed=True),
+            lambda x, y: nt_xent_loss(x, y, temperature=0.3, **ours),
+        ),
+        "lightly, alone": (
+            compat_lightly.NTXentLoss(0.3, gather_distributed=False),
+            lambda x, y: nt_xent_loss(x, y, temperature=0.3),
+        ),
+        "sentence-transformers": (
+            ranking,
+            lambda q, k: info_nce_loss(q, k, temperature=1 / 20, **ours),
+        ),
+    }
+    return {name: [gradients(loss) for loss in both] for name, both in pairs.items()}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from group_losses import LOSSES, batch, bind, one_loss, train, upstream
+from group_losses import LOSSES, batch, bind, one_loss, theirs_and_ours, train, upstream
 
 SIZES = {"2": (3, 3), "2-uneven": (4, 1), "4": (2, 2, 2, 2), "4-uneven": (3, 1, 0, 5)}
 
@@ -122,3 +122,13 @@ def test_every_rank_has_the_same_loss(four):
             a[0] for a in four.run(one_loss, name, (3, 1, 0, 5), torch.float32, "mean", "gather")
         ]
         assert all(torch.equal(x, losses[0]) for x in losses)
+
+
+def test_what_other_libraries_call_it(four):
+    """The table of docs/several-processes.md: gradients of every rank, or their fixed multiple."""
+    for found in four.run(theirs_and_ours):
+        assert len(found) == 7
+        for name, (theirs, ours) in found.items():
+            for a, b in zip(theirs, ours, strict=True):
+                error = (a - b).norm() / b.norm()
+                assert error < 1e-9, (name, float(error))
