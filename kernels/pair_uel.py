@@ -97,8 +97,8 @@ def _margins(
         before = top
         top, total, here = add_part(top_ptr, total_ptr, place, rows < N, top, total)
         index = tl.where(here > before, at, index)
-    own = rows + offset
-    twin = tl.where(own < M // 2, own + M // 2, own - M // 2)
+    among = rows + offset
+    twin = tl.where(among < M // 2, among + M // 2, among - M // 2)
     positive = tl.zeros((BM,), tl.float32)
     for d in range(0, D, BD):
         at = d + tl.arange(0, BD)
@@ -237,8 +237,8 @@ def _gradient(
     softplus, slope = softplus_and_sigmoid(margin)
     odds_of_positive = tl.where(index < 0, 0.0, tl.exp(log_odds - softplus))
     g_positive = slope + m * (below * tl.exp(-softplus) + odds_of_positive)
-    own = rows + offset
-    twin = tl.where(own < M // 2, own + M // 2, own - M // 2)
+    among = rows + offset
+    twin = tl.where(among < M // 2, among + M // 2, among - M // 2)
     other = load_rows(k_ptr, k_stride, twin, M, at, D, BD).to(tl.float32)
     share = tl.where(part == 0, g_positive, 0.0)  # once, whatever the number of parts
     dq = (dq - share[:, None] * other) * t
