@@ -5,6 +5,8 @@ code everywhere else. Two small collectives a layer: the statistics in the forwa
 the backward.
 """
 
+from __future__ import annotations  # not every PyTorch has torch.distributed's classes
+
 from typing import Any
 
 import torch

@@ -140,6 +140,7 @@ def errors(data, folder, rank):
         found.append(f"{type(caught.value).__name__}: {caught.value}")
 
     note(ConfigError, lambda: pretrain(settings(batch_size=31), data=data))
+    note(ConfigError, lambda: pretrain(settings(), data=mnist_subset(32 - rank)))
     note(
         (ConfigError, OtherProcessError),
         lambda: pretrain(settings(), data=data, folder=folder / "whole"),
@@ -232,7 +233,9 @@ def test_resumed_by_another_number_of_processes(found, folder, subset):
 
 def test_errors_reach_every_process(found):
     for rank, part in enumerate(found):
-        small, held, disk = part["errors"]
+        small, other, held, disk = part["errors"]
+        assert other.startswith("ConfigError: data_dir='data': expected the same images in all")
+        assert other.endswith("num_images is 125 in the first and 130 in process 1")
         assert small.startswith("ConfigError: batch_size=31: expected one that leaves an image")
         assert small.endswith("of 2 processes (the smallest of 125 images has 1), or drop_last")
         assert "expected a folder without a run" in held

@@ -30,6 +30,7 @@ from .result import Examples, PretrainResult
 from .resume import (
     Saved,
     check_images,
+    check_same_images,
     image_facts,
     load_saved,
     restore,
@@ -202,6 +203,7 @@ class _Run:
 
     def _go(self, folder: Path | None, saved: Saved | None, progress: bool) -> None:
         config, encoder, processes = self.config, self.encoder, self.processes
+        check_same_images(self)
         if saved is not None:
             check_images(saved[1], image_facts(self))
         if saved is None:

@@ -1,8 +1,8 @@
 """The processes of a run: who they are, what they agree on, and which of them speaks.
 
-Every process runs the same code on its share of each batch. What the host must agree on (a
-signal, a score, an error) goes over a group of its own, on the CPU and with a long timeout: the
-first process may work alone for hours.
+Every process runs the same code on its share of each batch. What the hosts must agree on (a
+signal, a score, an error) goes over groups of their own on the CPU: a prompt one after each step,
+and a patient one where the first process may work alone for hours.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Processes:
 
     rank: int = 0
     size: int = 1
-    control: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
+    prompt: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -53,11 +54,11 @@ class Processes:
         return slice(start, stop)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Whether the flag is set in any process; none may be far behind."""
         if self.size == 1:
             return flag
         found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX, self.control)
+        dist.all_reduce(found, dist.ReduceOp.MAX, self.prompt)
         return bool(found)
 
     def gather(self, value: T) -> list[T]:
@@ -65,7 +66,7 @@ class Processes:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, self.control)
+        dist.all_gather_object(values, value, self.patient)
         return values
 
     def together(self, job: Callable[[], T]) -> T:
@@ -90,7 +91,7 @@ class Processes:
             return job()
         value, failure = _attempt(job) if self.first else (None, None)
         sent: list[Any] = [_text(failure), value]
-        dist.broadcast_object_list(sent, src=0, group=self.control)
+        dist.broadcast_object_list(sent, src=0, group=self.patient)
         self._raise(failure, sent[:1])
         return sent[1]
 
@@ -136,6 +137,9 @@ def run_processes(config: PretrainConfig) -> Iterator[Processes]:
         ConfigError: a device that this process cannot have.
     """
     here = launch()
+    if not dist.is_available():
+        yield Processes()
+        return
     ours = here.size > 1 and not dist.is_initialized()
     if ours:
         device = choose_device(config)
@@ -144,13 +148,14 @@ def run_processes(config: PretrainConfig) -> Iterator[Processes]:
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Processes()
         return
-    control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert isinstance(control, dist.ProcessGroup)
-    yield Processes(dist.get_rank(), dist.get_world_size(), control)
+    patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+    prompt: Any = dist.new_group(backend="gloo")
+    yield Processes(dist.get_rank(), dist.get_world_size(), patient, prompt)
     # Not after an error: the others may be gone, and NCCL would wait for them.
-    dist.barrier(control)
+    dist.barrier(patient)
     gc.collect()  # DDP holds the group as long as it lives
-    dist.destroy_process_group(None if ours else control)
+    for group in (None,) if ours else (patient, prompt):
+        dist.destroy_process_group(group)

@@ -88,6 +88,21 @@ def image_facts(run: _Run) -> dict[str, Any]:
     }
 
 
+def check_same_images(run: _Run) -> None:
+    """Raises a ConfigError unless all processes see the images of the first, as far as one can
+    tell."""
+    first, *others = run.processes.gather(image_facts(run))
+    for rank, facts in enumerate(others, 1):
+        for name, value in facts.items():
+            if not _alike(first[name], value):
+                raise ConfigError(
+                    "data_dir",
+                    run.config.data_dir,
+                    f"the same images in all processes, and {name} is {first[name]} in the first "
+                    f"and {value} in process {rank}",
+                )
+
+
 def run_state(run: _Run) -> dict[str, Any]:
     """All that a checkpoint holds beside the weights; every process must ask for it."""
     cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
