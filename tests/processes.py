@@ -87,3 +87,12 @@ class Processes:
         for process in self.processes:
             process.join(10)
             process.kill()
+
+
+def run(function, world, *args, within=120):
+    """`function(rank, *args)` in `world` new processes: their results, rank first."""
+    processes = Processes(world)
+    try:
+        return processes.run(function, *args, within=within)
+    finally:
+        processes.close()

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 from conftest import mnist_subset
+from processes import run
 from runs import stop_after
 
 from clae_fast.pretraining import (
@@ -166,7 +166,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return ranks.run(worker, WORLD, folder, str(folder))
+    return run(worker, WORLD, str(folder))
 
 
 def assert_close(got, expected):

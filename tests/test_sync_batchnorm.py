@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
+from processes import run
 from torch import nn
 
 from clae_fast import batchnorm_branch, convert_dual_batchnorm
@@ -114,8 +114,8 @@ def worker(rank):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return ranks.run(worker, WORLD, tmp_path_factory.mktemp("sync"))
+def found():
+    return run(worker, WORLD)
 
 
 def batchnorm(shape):

@@ -54,12 +54,7 @@ def hard_negative_loss(
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first.
         backend: None, or as in `use_backend`.
-        group: None: the batch is this process's. "world" or a torch.distributed ProcessGroup: it is
-            that of all ranks, each with its own rows, of any number. Every rank gets the mean or
-            sum of all rows and gradients whose average over the ranks (DDP's) is the whole
-            batch's; with "none" its own rows. All must call, and weight the result alike.
-        exchange: of keys between ranks: "gather" (all at once), "ring" (one rank's at a time: least
-            memory), or "auto", by size.
+        group, exchange: as in `nt_xent_loss`.
 
     Returns:
         The loss, 0-dim or (2B,). A row without negatives has loss 0.

@@ -76,12 +76,7 @@ def info_nce_loss(
             keys).
         normalize: divide each row by its L2 norm first.
         backend: None, or as in `use_backend` ("paired" is plain PyTorch whatever it says).
-        group: None: the batch is this process's. "world" or a torch.distributed ProcessGroup: it is
-            that of all ranks, each with its own rows, of any number. Every rank gets the mean or
-            sum of all rows and gradients whose average over the ranks (DDP's) is the whole
-            batch's; with "none" its own rows. All must call, and weight the result alike.
-        exchange: of keys between ranks: "gather" (all at once), "ring" (one rank's at a time: least
-            memory), or "auto", by size.
+        group, exchange: as in `nt_xent_loss`.
 
     Returns:
         The loss, 0-dim, (N,) or (N, 2). A row without negatives has loss 0.
