@@ -4,6 +4,7 @@
 return. `function` is one at the top of a module that the processes can import.
 """
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -52,10 +53,11 @@ class Processes:
         context = mp.get_context("spawn")
         port = free_port()
         self.pipes, self.processes = [], []
+        atexit.register(self.close)  # not daemons: those have no children
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=serve, args=(rank, world, port, timeout, backend, theirs), daemon=True
+                target=serve, args=(rank, world, port, timeout, backend, theirs)
             )
             process.start()
             self.pipes.append(ours)
@@ -81,6 +83,7 @@ class Processes:
         return None
 
     def close(self):
+        atexit.unregister(self.close)
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)

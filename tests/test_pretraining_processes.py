@@ -166,7 +166,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return run(worker, WORLD, str(folder))
+    return run(worker, WORLD, str(folder), within=300)
 
 
 def assert_close(got, expected):
