@@ -358,3 +358,42 @@ def theirs_and_ours(rank):
         ),
     }
     return {name: [gradients(loss) for loss in both] for name, both in pairs.items()}
+
+
+def checked_operators(rank):
+    """`opcheck` of every operator over a group: what it returns is what its fake says."""
+    g = torch.Generator().manual_seed(rank)
+    q, k = (torch.randn(3 + rank, 8, generator=g) for _ in "qk")
+    z = torch.cat((q, k))
+    rows = torch.rand(len(q), generator=g)
+    t = torch.tensor(0.5)
+    ids = torch.arange(len(q), dtype=torch.int32)
+    place = ("world", "ring")
+    form = (q, k, None, 1.0, t, True, "nt_xent", True)
+    two_rows = torch.rand(2 * len(q), generator=g)
+    none = q.new_empty(0)
+    cases = {
+        "group_contrast": [
+            (*form, True, False, False, True, "mean", *place),
+            (*form, True, True, False, False, "none", *place),
+        ],
+        "group_contrast_grad": [
+            (*form, two_rows, none, two_rows, True, True, False, True, *place),
+        ],
+        "group_uel": [(z, 2.0, 1.5, None, False, need, *place) for need in (True, False)],
+        "group_reduce": [(rows, "mean", "world")],
+        "group_average": [(t, "world")],
+        "group_lse": [(q, k, 2.0, None, "diagonal", ids, ids, *place)],
+        "group_mean": [(q, k, 2.0, t, "none", None, None, *place)],
+        "group_grad": [(q, k, 2.0, None, "none", None, None, rows, rows, rows, rows, *place)],
+        "group_sigmoid": [
+            (q, k, 2.0, None, -1.0, None, rows, None, None, need, not need, *place)
+            for need in (True, False)
+        ],
+        "group_total": [(rows[:2], "world")],
+        "group_times_ranks": [(rows, "world")],
+    }
+    for name, calls in cases.items():
+        for args in calls:
+            torch.library.opcheck(getattr(torch.ops.clae_fast, name).default, args)
+    return sorted(cases)

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from group_losses import LOSSES, batch, bind, one_loss, theirs_and_ours, train, upstream
+from group_losses import (
+    LOSSES,
+    batch,
+    bind,
+    checked_operators,
+    one_loss,
+    theirs_and_ours,
+    train,
+    upstream,
+)
 
 SIZES = {"2": (3, 3), "2-uneven": (4, 1), "4": (2, 2, 2, 2), "4-uneven": (3, 1, 0, 5)}
 
@@ -66,7 +75,7 @@ def test_loss(four, name, sizes, reduction, exchange, dtype):
     check(name, sizes, dtype, reduction, answers)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("name", [n for n in LOSSES if n != "paired"])
 def test_forced_backend(four, name, backend):
     answers = four.run(one_loss, name, (3, 1, 0, 5), torch.float32, "mean", "ring", False, backend)
@@ -132,3 +141,10 @@ def test_what_other_libraries_call_it(four):
             for a, b in zip(theirs, ours, strict=True):
                 error = (a - b).norm() / b.norm()
                 assert error < 1e-9, (name, float(error))
+
+
+def test_operators(four):
+    every = sorted(name for name in dir(torch.ops.clae_fast) if name.startswith("group_"))
+    assert every
+    for names in four.run(checked_operators):
+        assert set(every) <= set(names)

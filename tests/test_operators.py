@@ -2,6 +2,7 @@
 
 import math
 
+import operator_parts
 import pytest
 import torch
 from dense import backends_with, error
@@ -303,3 +304,11 @@ def test_opcheck(index, backend):
     if name != "sign_step":
         kwargs = kwargs | {"backend": backend}
     torch.library.opcheck(getattr(raw, name).default, args, kwargs)
+
+
+def test_pair_uel_of_a_part_of_the_rows(backend):
+    operator_parts.uel(backend, torch.float64, 1e-11)
+
+
+def test_pair_sigmoid_with_positives_elsewhere(backend):
+    operator_parts.sigmoid(backend, torch.float64, 1e-12)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 
+import operator_parts
 import pytest
 import torch
 import triton
@@ -483,3 +484,8 @@ def test_without_a_gpu_triton_is_not_imported():
     ).stdout
     assert out.startswith("no GPU here")
     assert out.strip().endswith("False")
+
+
+def test_parts_of_the_rows():
+    operator_parts.uel("triton", torch.float32, 3e-5)
+    operator_parts.sigmoid("triton", torch.float32, 3e-5)
