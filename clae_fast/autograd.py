@@ -34,6 +34,7 @@ class ContrastOptions(NamedTuple):
     backend: str
     group: str = ""
     exchange: str = "auto"
+    call: str = ""
 
 
 class UELOptions(NamedTuple):
@@ -47,6 +48,7 @@ class UELOptions(NamedTuple):
     backend: str
     group: str = ""
     exchange: str = "auto"
+    call: str = ""
 
 
 def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
@@ -137,7 +139,7 @@ def _contrast(
     if o.group:
         return call(
             "group_contrast", q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form,
-            o.normalize, *need, o.reduction, o.group, o.exchange, backend=o.backend,
+            o.normalize, *need, o.reduction, o.group, o.exchange, o.call, backend=o.backend,
         )  # fmt: skip
     return call(
         "contrast", q, k, negatives, o.scale, scale_tensor, o.reciprocal, o.form, o.normalize,
@@ -205,7 +207,7 @@ class _Contrast(torch.autograd.Function):
                 # By the dispatcher: upstream weights may come in batches that only it sees.
                 if o.group:
                     grads = raw.group_contrast_grad.default(
-                        *told, *need, o.group, o.exchange, backend=o.backend
+                        *told, *need, o.group, o.exchange, o.call, backend=o.backend
                     )
                 else:
                     sweep = functools.partial(raw.pair_grad.default, backend=o.backend)
@@ -266,7 +268,7 @@ def _uel_rows(
     if o.group:
         rows, dq = call(
             "group_uel", unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal, need,
-            o.group, o.exchange, backend=o.backend,
+            o.group, o.exchange, o.call, backend=o.backend,
         )  # fmt: skip
     else:
         rows, dq = call(
@@ -323,9 +325,9 @@ class _UEL(torch.autograd.Function):
 def uel_loss(z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions) -> Tensor:
     """`reference.pair_uel` on the stacked views, reduced; differentiable."""
     if options.group:
-        scale_tensor = shared(scale_tensor, options.group)
+        scale_tensor = shared(scale_tensor, options.group, options.call)
         rows = _uel_loss(z_i, z_j, scale_tensor, options._replace(reduction="none"))
-        return reduce_over_group(rows, options.reduction, options.group)
+        return reduce_over_group(rows, options.reduction, options.group, options.call)
     return _uel_loss(z_i, z_j, scale_tensor, options)
 
 

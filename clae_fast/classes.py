@@ -30,7 +30,7 @@ def dense_ids(pairs: Pairs, *ids: Tensor) -> list[Ids]:
     numbers = _ranks(torch.cat(everywhere))
     out = []
     for x, whole in zip(ids, numbers.split([len(x) for x in everywhere]), strict=True):
-        start = pairs.sweeps.start(len(x))
+        start = pairs.sweeps.start(len(x), x)
         out.append(Ids(whole[start : start + len(x)], whole, len(numbers)))
     return out
 
@@ -75,5 +75,5 @@ def partners(pairs: Pairs, labels: Ids) -> Partners:
     has = (other < N) & (ordered[inside] == ordered)
     index = torch.zeros_like(order).index_put((order,), torch.where(has, order[inside], order))
     paired = index != place
-    ids = torch.minimum(index, place) + pairs.sweeps.start(N)
+    ids = torch.minimum(index, place) + pairs.sweeps.start(N, index)
     return Partners(index, paired, ids.to(torch.int32))

@@ -79,7 +79,9 @@ class _Lse(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         columns = q if k is None else k
         o = None
-        if how.form == "one_way" and not need[1]:  # constant keys: loss and gradient in one sweep
+        # Constant keys: loss and gradient in one sweep. What is constant on one rank of a group may
+        # not be on another, and all must make the same sweeps.
+        if how.form == "one_way" and not need[1] and not how.where.group:
             lse, o = sweeps.mean(q, columns, skip=how.skip, **_ids(row_ids, col_ids))
         else:
             lse = sweeps.lse(q, columns, skip=how.skip, **_ids(row_ids, col_ids))
@@ -109,14 +111,14 @@ class _Lse(torch.autograd.Function):
             dq = dk = dt = None
             if o is not None:
                 dq = g[:, None] * o * (how.scale if t is None else how.scale * t)
-            elif need_q or need_t:
+            elif need_q or need_t or how.where.group:
                 dq = sweeps.grad(q, columns, skip=how.skip, **by_row, **ids)
-            if need_k:
-                dk = sweeps.grad(k, q, skip=how.skip, **by_col, **flipped)
+            if need_k or (how.where.group and how.form != "self"):
+                dk = sweeps.grad(columns, q, skip=how.skip, **by_col, **flipped)
             if need_t and dq is not None:
                 # A row of its own columns meets t twice.
                 dt = _by_scale((q * dq).sum() * (0.5 if how.form == "self" else 1.0), t)
-            return dq if need_q else None, dk, dt
+            return dq if need_q else None, dk if need_k else None, dt
 
         return *_once(gradients, grad_output, *ctx.saved_tensors), None, None, None
 
@@ -219,7 +221,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         sweeps = sweeps_for(ctx.where)
-        start = sweeps.start(ctx.rows)
+        start = sweeps.start(ctx.rows, g)
         return _once(sweeps.total, g)[start : start + ctx.rows], None
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from .contrast_grad import Operands, contrast_grad
 from .exchange import Exchange
 from .numerics import compute_dtype, effective_scale, full_precision
-from .ops import call, define, fake_contrast
-from .process_group import Group, begin
+from .ops import call as run
+from .ops import define, fake_contrast
+from .process_group import Group, described
 from .reference.contrast import contrast_rows
 from .reference.sweep import Skip
 from .sweeps import Local
@@ -94,31 +95,31 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def meet(
-    what: str,
+    step: str,
     x: Tensor,
     local: Local,
     group: str,
-    exchange: str = "auto",
+    exchange: str,
+    call: str,
     flags: Sequence[bool] = (),
     pairs: int | None = None,
-    **facts: Any,
 ) -> tuple[OverGroup, list[bool]]:
-    """The ranks meet, and agree on what they compute; and the flags that any of them has set.
+    """The ranks meet for a step of a call; the sweeps, and the flags that any rank has set.
 
     x has this rank's columns; `pairs`: it counts so many pairs instead, two rows in a stack.
     """
-    facts = {
-        "the width": x.shape[1],
-        "the dtype": x.dtype,
-        "the scale": "a tensor" if local.scale_tensor is not None else local.scale,
-        "exchange": exchange,
-        **facts,
-    }
+    told = step_of(step, call, width=x.shape[1], dtype=x.dtype, exchange=exchange)
     bits = sum(flag << i for i, flag in enumerate(flags))
-    row_bytes = 2 * x.shape[1] * torch.finfo(compute_dtype(x.dtype)).bits // 8
+    row_bytes = x.shape[1] * torch.finfo(compute_dtype(x.dtype)).bits // 8
     rows, twins = (len(x), 1) if pairs is None else (pairs, 2)
-    met = Exchange(group, what, rows, exchange, row_bytes, facts, bits, x.device)
+    met = Exchange(group, told, rows, exchange, 2 * row_bytes, bits, x.device)
     return OverGroup(local, met, twins), [bool(met.flags >> i & 1) for i in range(len(flags))]
+
+
+def step_of(step: str, call: str, **facts: Any) -> str:
+    """A step of a call in one line, for ranks to compare."""
+    name, _, rest = call.partition(": ")
+    return described(f"{step} of {name}" if step else name, **facts) + f"; {rest}"
 
 
 @torch.no_grad()
@@ -139,6 +140,7 @@ def group_contrast(
     reduction: str,
     group: str,
     exchange: str,
+    call: str,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
@@ -147,11 +149,9 @@ def group_contrast(
     The gradients are of W times that, `dscale` is its own.
     """
     local = Local(scale, scale_tensor, reciprocal, backend)
-    over, (need_q, need_k, need_scale) = meet(
-        f"the {form} loss", q, local, group, exchange, (need_dq, need_dk, need_dscale),
-        len(q), form=form, normalize=normalize, reduction=reduction,
-        negative_keys=-1 if negatives is None else len(negatives),
-    )  # fmt: skip
+    flags = (need_dq, need_dk, need_dscale)
+    place = (group, exchange, call)
+    over, (need_q, need_k, need_scale) = meet("", q, local, *place, flags, len(q))
     # A queue is the same on every rank: its columns need no exchange.
     sweeps: OverGroup | Local = over if negatives is None else local
     dtype = compute_dtype(q.dtype)
@@ -206,15 +206,15 @@ def group_contrast_grad(
     need_dscale: bool,
     group: str,
     exchange: str,
+    call: str,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """The gradients of all ranks' `sum(weight * loss)`, for "none"; `dscale` of their average."""
     local = Local(scale, scale_tensor, reciprocal, backend)
-    over, (need_q, need_k, need_scale) = meet(
-        f"the gradient of the {form} loss", q, local, group, exchange,
-        (need_dq, need_dk, need_dscale), len(q), form=form, normalize=normalize,
-    )  # fmt: skip
+    flags = (need_dq, need_dk, need_dscale)
+    place = (group, exchange, call)
+    over, (need_q, need_k, need_scale) = meet("the backward", q, local, *place, flags, len(q))
     sweeps: OverGroup | Local = over if negatives is None else local
     need = (need_q, need_k, need_dnegatives and negatives is not None, need_scale)
     found = contrast_grad(
@@ -255,15 +255,14 @@ def group_uel(
     need_dq: bool,
     group: str,
     exchange: str,
+    call: str,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`reference.pair_uel` of this rank's rows (2b, D) among all ranks': keys get no gradient."""
     local = Local(scale, scale_tensor, reciprocal, backend)
     B = len(z) // 2
-    over, (need,) = meet(
-        "the uel loss", z, local, group, exchange, (need_dq,), B, negative_weight=negative_weight
-    )
+    over, (need,) = meet("", z, local, group, exchange, call, (need_dq,), B)
     ranks = over.exchange
     if ranks.ring:
         loss, dq = _uel_round(over, z, negative_weight, need)
@@ -272,7 +271,7 @@ def group_uel(
         first = sum(ranks.sizes[: ranks.rank])
         told = (scale, negative_weight, scale_tensor, reciprocal)
         parts = [
-            call("pair_uel", half, keys, *told, need_dq=need_dq, offset=at, backend=backend)
+            run("pair_uel", half, keys, *told, need_dq=need_dq, offset=at, backend=backend)
             for half, at in ((z[:B], first), (z[B:], first + len(keys) // 2))
         ]
         loss, dq = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -298,10 +297,11 @@ def _uel_round(
 
 
 @torch.no_grad()
-def group_reduce(rows: Tensor, reduction: str, group: str) -> tuple[Tensor, Tensor]:
+def group_reduce(rows: Tensor, reduction: str, group: str, call: str) -> tuple[Tensor, Tensor]:
     """The mean or sum of all ranks' rows, and what a row's gradient is multiplied by."""
-    ranks = Group(group, "the loss")
-    begin(ranks.group)
+    ranks = Group(group, step_of("the mean or sum", call))
+    if not sum(told.rows for told in ranks.meet(rows.device, len(rows))):
+        raise ValueError(f"{call.partition(': ')[0]}: no rank of the group has a row")
     mine = torch.stack((rows.sum(dtype=torch.float64), rows.new_full((), rows.numel()).double()))
     total, count = ranks.total(mine).unbind()
     if reduction == "sum":
@@ -310,10 +310,10 @@ def group_reduce(rows: Tensor, reduction: str, group: str) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def group_average(x: Tensor, group: str) -> Tensor:
+def group_average(x: Tensor, group: str, call: str) -> Tensor:
     """The average of x over the ranks."""
-    ranks = Group(group, "the gradient of the scale")
-    begin(ranks.group)
+    ranks = Group(group, step_of("the gradient of the scale", call))
+    ranks.meet(x.device)
     return ranks.total(x) / ranks.size
 
 
@@ -322,7 +322,7 @@ def group_average(x: Tensor, group: str) -> Tensor:
 _SCALE = "float scale, Tensor? scale_tensor, bool reciprocal"
 _ROWS = f"Tensor q, Tensor k, Tensor? negatives, {_SCALE}, str form, bool normalize"
 _NEED = "bool need_dq, bool need_dk, bool need_dnegatives, bool need_dscale"
-_GROUP = "str group, str exchange, *, str backend='auto'"
+_GROUP = "str group, str exchange, str call, *, str backend='auto'"
 
 
 def _by_name(function: Callable[..., Any], *args: Any, **kwargs: Any) -> SimpleNamespace:
@@ -370,13 +370,13 @@ define(
 )
 define(
     "group_reduce",
-    "(Tensor rows, str reduction, str group) -> (Tensor, Tensor)",
+    "(Tensor rows, str reduction, str group, str call) -> (Tensor, Tensor)",
     group_reduce,
-    lambda rows, reduction, group: (rows.new_empty(()), rows.new_empty(())),
+    lambda rows, reduction, group, call: (rows.new_empty(()), rows.new_empty(())),
 )
 define(
     "group_average",
-    "(Tensor x, str group) -> Tensor",
+    "(Tensor x, str group, str call) -> Tensor",
     group_average,
-    lambda x, group: torch.empty_like(x),
+    lambda x, group, call: x.new_empty(x.shape),
 )

@@ -7,15 +7,12 @@ bytes, until the call ends, and passes over it as often as it likes; `ring` keep
 computed on.
 """
 
-import hashlib
-import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .process_group import Group, begin
+from .process_group import Group
 
 MODES = ("auto", "gather", "ring")
 GATHER_BYTES = 256 << 20
@@ -23,81 +20,46 @@ GATHER_BYTES = 256 << 20
 _ALIGN = 16
 
 
-def _coded(value: Any) -> int:
-    """A fact as an integer that all ranks can compare."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return int(struct.unpack("<q", struct.pack("<d", value))[0])
-    return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=7).digest(), "little")
-
-
-def _shown(code: int, like: Any) -> str | None:
-    """What another rank's number stands for; None where only equality can be told."""
-    if isinstance(like, int):
-        return str(code)
-    if isinstance(like, float):
-        return f"{struct.unpack('<d', struct.pack('<q', code))[0]:g}"
-    return None
-
-
 class Exchange:
     """One call's meeting of the ranks.
 
     Args:
         group: name of the process group.
-        what: the operation, for errors.
+        call: what the ranks compute (`process_group.described`).
         rows: of this rank.
         mode: "auto", "gather" or "ring".
         row_bytes: of one row with everything that a rank sends of it when it gathers.
-        facts: checked to be equal on all ranks, by name.
         flags: bits; `self.flags` has those that any rank set.
+        device: of the rows.
 
     Raises:
-        ValueError: the ranks disagree; names one, its value, and rank 0's.
-        RuntimeError: a rank did not take part; names it.
+        ValueError: the ranks do not compute the same, or none of them has a row.
+        LostRankError: a rank did not take part; names it.
     """
 
     def __init__(
         self,
         group: str,
-        what: str,
+        call: str,
         rows: int,
         mode: str,
         row_bytes: int,
-        facts: dict[str, Any],
         flags: int,
         device: torch.device,
     ) -> None:
-        self.group = Group(group, what)
-        begin(self.group.group)
+        self.group = Group(group, call)
         self.rank, self.ranks = self.group.rank, self.group.size
-        mine = (rows, flags, *(_coded(v) for v in facts.values()))
-        told = self.group.numbers(mine, device)
-        for i, (name, value) in enumerate(facts.items(), 2):
-            self._agree(what, name, value, [t[i] for t in told])
-        self.sizes = [t[0] for t in told]
+        told = self.group.meet(device, rows, flags)
+        self.sizes = [t.rows for t in told]
         self.flags = 0
         for t in told:
-            self.flags |= t[1]
+            self.flags |= t.flags
         self.rows = sum(self.sizes)
+        if self.rows == 0:
+            raise ValueError(f"{call.partition(': ')[0]}: no rank of the group has a row")
         small = self.rows * row_bytes <= GATHER_BYTES
         self.ring = mode == "ring" or (mode == "auto" and not small)
         self._gathered: dict[int, tuple[Tensor, list[Tensor]]] = {}
-
-    def _agree(self, what: str, name: str, value: Any, codes: list[int]) -> None:
-        for rank, code in enumerate(codes):
-            if code == codes[0]:
-                continue
-            first, other = _shown(codes[0], value), _shown(code, value)
-            got = f"got {first} on rank {self.group.name_of(0)} and {other}"
-            if first is None:
-                here, there = self.group.name_of(self.rank), self.group.name_of(0)
-                got = f"it is {value} on rank {here}, and not what rank {there} has"
-            raise ValueError(
-                f"{what}: {name} must be the same on every rank of the group, {got} on rank "
-                f"{self.group.name_of(rank)}"
-            )
 
     def others(self, *parts: Tensor, copies: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """The same parts of every other rank, some ranks at a time, in a fixed order.
@@ -121,19 +83,24 @@ class Exchange:
         return self._all_rows(x, [copies * n for n in self.sizes])
 
     def _all_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
-        most = max(sizes)
-        if len(x) < most:
-            x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
-        out = self.group.gather(x)
-        if min(sizes) == most:
+        out = self._padded(x, sizes)
+        if min(sizes) == max(sizes):
             return out.flatten(0, 1)
         return torch.cat([out[r, :n] for r, n in enumerate(sizes)])
 
+    def _padded(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """(ranks, most rows of a rank, ...)."""
+        if len(x) < max(sizes):
+            x = torch.cat((x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])))
+        return self.group.gather(x)
+
     def _spans(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
-        """The rows of the ranks before this one, and of those after it."""
-        rows = self._all_rows(x, sizes)
-        first = sum(sizes[: self.rank])
-        return [rows[:first], rows[first + len(x) :]]
+        """The rows of the others: all before and all after this rank, or, where ranks differ, one
+        by one, as joining them would take as much memory again."""
+        out = self._padded(x, sizes)
+        if min(sizes) == max(sizes):
+            return [out[: self.rank].flatten(0, 1), out[self.rank + 1 :].flatten(0, 1)]
+        return [out[r, :n] for r, n in enumerate(sizes) if r != self.rank]
 
     def _kept(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
         """`_spans`, once for each tensor of the call."""

@@ -80,7 +80,7 @@ class GraphedAttack:
                 self._attacks.clear()
             attacks = self._attacks.get(key, 0)
             self._attacks[key] = attacks + 1
-            if attacks < WARM_UP or _synchronises(encoder):
+            if attacks < WARM_UP or _synchronises(encoder) or _meets(loss):
                 return compute(encoder, x, loss)
             self._record(key, compute, encoder, x, loss)
         assert self._recorded is not None
@@ -149,6 +149,12 @@ def _settings(*owners: object) -> tuple[Any, ...]:
         for name, value in vars(module).items()
         if isinstance(value, plain) and name != "branch"  # which the attack itself switches
     )
+
+
+def _meets(loss: Loss) -> bool:
+    """Whether the loss is over a process group: its ranks meet on the host, which no graph can."""
+    of_partial = getattr(loss, "keywords", {}).get("group")
+    return getattr(loss, "group", None) is not None or of_partial is not None
 
 
 def _synchronises(encoder: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from .ops import call
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, reduction: str, group: str) -> Tensor:
-        loss, factor = call("group_reduce", rows, reduction, group)
+    def forward(ctx: Any, rows: Tensor, reduction: str, group: str, told: str) -> Tensor:
+        loss, factor = call("group_reduce", rows, reduction, group, told)
         ctx.save_for_backward(factor)
         ctx.shape = rows.shape
         return loss
@@ -20,36 +20,36 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (factor,) = ctx.saved_tensors
-        return (grad_output * factor).expand(ctx.shape), None, None
+        return (grad_output * factor).expand(ctx.shape), None, None, None
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: str, told: str) -> Tensor:
+        ctx.place = group, told
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return call("group_average", grad_output, ctx.group), None
+        return call("group_average", grad_output, *ctx.place), None, None
 
 
-def reduce_over_group(rows: Tensor, reduction: str, group: str) -> Tensor:
+def reduce_over_group(rows: Tensor, reduction: str, group: str, told: str) -> Tensor:
     """Mean or sum of all ranks' rows; a row's gradient is that of W times it. "none": the rows."""
     if reduction == "none":
         return rows
-    loss: Tensor = _Reduce.apply(rows, reduction, group)
+    loss: Tensor = _Reduce.apply(rows, reduction, group, told)
     return loss
 
 
 @overload
-def shared(x: Tensor, group: str) -> Tensor: ...
+def shared(x: Tensor, group: str, told: str) -> Tensor: ...
 
 
 @overload
-def shared(x: None, group: str) -> None: ...
+def shared(x: None, group: str, told: str) -> None: ...
 
 
-def shared(x: Tensor | None, group: str) -> Tensor | None:
+def shared(x: Tensor | None, group: str, told: str) -> Tensor | None:
     """x, which every rank holds; its gradient is the average of theirs."""
-    return None if x is None else _Shared.apply(x, group)
+    return None if x is None else _Shared.apply(x, group, told)

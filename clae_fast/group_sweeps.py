@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .distributed import OverGroup, meet
-from .ops import call, define
-from .process_group import Group, begin, resolve
+from .distributed import meet, step_of
+from .exchange import Exchange
+from .numerics import compute_dtype
+from .ops import call as run
+from .ops import define
+from .process_group import Group, resolve
 from .sweeps import Local, Sweeps, Where
 
 
@@ -22,68 +25,63 @@ class GroupSweeps(NamedTuple):
 
     scale: float
     scale_tensor: Tensor | None
-    backend: str
-    group: str
-    exchange: str
+    where: Where
 
-    def _call(self, op: str, q: Tensor, k: Tensor, rules: dict[str, Any], *names: str) -> Any:
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.where[1:]
+
+    def _run(self, op: str, q: Tensor, k: Tensor, rules: dict[str, Any], *names: str) -> Any:
         told = [rules.get(name) for name in names]
-        place = (self.group, self.exchange)
-        return call(op, q, k, self.scale, self.scale_tensor, *told, *place, backend=self.backend)
+        scale = (self.scale, self.scale_tensor)
+        return run(op, q, k, *scale, *told, *self.place, backend=self.where.backend)
 
     def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
-        return self._call("group_lse", q, k, rules, "skip", "row_ids", "col_ids")
+        return self._run("group_lse", q, k, rules, "skip", "row_ids", "col_ids")
 
     def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
-        return self._call("group_mean", q, k, rules, "skip", "row_ids", "col_ids")
+        return self._run("group_mean", q, k, rules, "skip", "row_ids", "col_ids")
 
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         names = ("row_lse", "row_weight", "col_lse", "col_weight")
-        return self._call("group_grad", q, k, rules, "skip", "row_ids", "col_ids", *names)
+        return self._run("group_grad", q, k, rules, "skip", "row_ids", "col_ids", *names)
 
     def sigmoid(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rules = {"need_dq": False, "need_dk": False, **rules}
         names = ("bias", "bias_tensor", "row_weight", "row_ids", "col_ids", "need_dq", "need_dk")
-        return self._call("group_sigmoid", q, k, rules, *names)
+        return self._run("group_sigmoid", q, k, rules, *names)
 
     def total(self, x: Tensor) -> Tensor:
-        return call("group_total", x, self.group)
+        return run("group_total", x, self.where.group, self.where.call)
 
     # How many rows the others have is known when they are asked.
 
     @_disable_dynamo
     def gather(self, x: Tensor) -> Tensor:
-        return self._met(len(x), x.device).exchange.all_rows(x)
+        return self._met("rows of all ranks", len(x), x.device).all_rows(x)
 
     @_disable_dynamo
-    def start(self, rows: int) -> int:
-        met = self._met(rows, torch.device("cpu")).exchange
+    def start(self, rows: int, like: Tensor) -> int:
+        met = self._met("numbers of rows", rows, like.device)
         return sum(met.sizes[: met.rank])
 
-    def _met(self, rows: int, device: torch.device) -> OverGroup:
-        like = torch.empty(rows, 1, device=device)
-        return meet("rows of all ranks", like, Local(1.0, None, False, "auto"), self.group)[0]
+    def _met(self, step: str, rows: int, device: torch.device) -> Exchange:
+        return Exchange(
+            self.where.group, step_of(step, self.where.call), rows, "gather", 0, 0, device
+        )
 
     def upstream(self, g: Tensor) -> Tensor:
-        return call("group_times_ranks", g, self.group)
+        return run("group_times_ranks", g, self.where.group)
 
 
 def sweeps_for(where: Where, scale: float = 1.0, scale_tensor: Tensor | None = None) -> Sweeps:
     """The sweeps of a loss."""
     if where.group:
-        return GroupSweeps(scale, scale_tensor, where.backend, where.group, where.exchange)
+        return GroupSweeps(scale, scale_tensor, where)
     return Local(scale, scale_tensor, False, where.backend)
 
 
 # ------------------------------------------------------------------------------------ operators
-
-
-def _over(
-    what: str, columns: Tensor, scale: float, scale_tensor: Tensor | None, group: str,
-    exchange: str, backend: str, **facts: Any,
-) -> OverGroup:  # fmt: skip
-    local = Local(scale, scale_tensor, False, backend)
-    return meet(what, columns, local, group, exchange, **facts)[0]
 
 
 def _ids(row_ids: Tensor | None, col_ids: Tensor | None) -> dict[str, Tensor | None]:
@@ -101,12 +99,12 @@ def _lse(
     col_ids: Tensor | None,
     group: str,
     exchange: str,
+    call: str,
     *,
     backend: str = "auto",
 ) -> Tensor:
-    ids = _ids(row_ids, col_ids)
-    place = (scale, scale_tensor, group, exchange, backend)
-    over = _over("log-sum-exps", k, *place, skip=skip, ids=bool(ids))
+    ids, local = _ids(row_ids, col_ids), Local(scale, scale_tensor, False, backend)
+    over, _ = meet("log-sum-exps", k, local, group, exchange, call)
     return over.lse(q, k, skip=skip, **ids)
 
 
@@ -121,12 +119,12 @@ def _mean(
     col_ids: Tensor | None,
     group: str,
     exchange: str,
+    call: str,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    ids = _ids(row_ids, col_ids)
-    place = (scale, scale_tensor, group, exchange, backend)
-    over = _over("means of the keys", k, *place, skip=skip, ids=bool(ids))
+    ids, local = _ids(row_ids, col_ids), Local(scale, scale_tensor, False, backend)
+    over, _ = meet("means of the keys", k, local, group, exchange, call)
     return over.mean(q, k, skip=skip, **ids)
 
 
@@ -145,15 +143,14 @@ def _grad(
     col_weight: Tensor | None,
     group: str,
     exchange: str,
+    call: str,
     *,
     backend: str = "auto",
 ) -> Tensor:
     rules: dict[str, Any] = _ids(row_ids, col_ids)
-    place = (scale, scale_tensor, group, exchange, backend)
-    over = _over(
-        "gradients of log-sum-exps", k, *place, skip=skip, ids=bool(rules),
-        weights=f"{row_lse is not None} {col_lse is not None}",
-    )  # fmt: skip
+    local = Local(scale, scale_tensor, False, backend)
+    sides = "rows" if col_lse is None else "columns" if row_lse is None else "rows and columns"
+    over, _ = meet(f"gradients by {sides}", k, local, group, exchange, call)
     if row_lse is not None:
         rules |= {"row_lse": row_lse, "row_weight": row_weight}
     if col_lse is not None:
@@ -176,15 +173,13 @@ def _sigmoid(
     need_dk: bool,
     group: str,
     exchange: str,
+    call: str,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids = _ids(row_ids, col_ids)
     local = Local(scale, scale_tensor, False, backend)
-    over, (any_dk,) = meet(
-        "the sigmoid loss", k, local, group, exchange, (need_dk,), ids=bool(ids),
-        weights=row_weight is not None, bias="a tensor" if bias_tensor is not None else bias,
-    )  # fmt: skip
+    over, (any_dk,) = meet("sigmoids", k, local, group, exchange, call, (need_dk,))
     told = {"bias": bias, "bias_tensor": bias_tensor}
     others = over.exchange.others(k, *(x for x in (col_ids,) if ids and x is not None))
     loss, slope, dq, dk = local.sigmoid(
@@ -208,9 +203,9 @@ def _sigmoid(
 
 
 @torch.no_grad()
-def _total(x: Tensor, group: str) -> Tensor:
-    ranks = Group(group, "a sum over the ranks")
-    begin(ranks.group)
+def _total(x: Tensor, group: str, call: str) -> Tensor:
+    ranks = Group(group, step_of("a sum over the ranks", call, shape=tuple(x.shape)))
+    ranks.meet(x.device)
     return ranks.total(x)
 
 
@@ -223,18 +218,22 @@ def _times_ranks(x: Tensor, group: str) -> Tensor:
 
 _ROWS = "Tensor q, Tensor k, float scale, Tensor? scale_tensor"
 _IDS = "Tensor? row_ids, Tensor? col_ids"
-_GROUP = "str group, str exchange, *, str backend='auto'"
+_GROUP = "str group, str exchange, str call, *, str backend='auto'"
 _WEIGHTS = "Tensor? row_lse, Tensor? row_weight, Tensor? col_lse, Tensor? col_weight"
+
+
+def _like(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
 def _fake_sigmoid(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     a = inspect.signature(_sigmoid).bind(*args, **kwargs).arguments
     q, k = a["q"], a["k"]
-    rows = (q.new_empty(len(q)), q.new_empty(len(q)))
     return (
-        *rows,
-        torch.empty_like(q) if a["need_dq"] else q.new_empty(0),
-        torch.empty_like(k) if a["need_dk"] else q.new_empty(0),
+        _like(q, len(q)),
+        _like(q, len(q)),
+        _like(q, *(q.shape if a["need_dq"] else (0,))),
+        _like(k, *(k.shape if a["need_dk"] else (0,))),
     )
 
 
@@ -242,17 +241,17 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "group_lse": (
         f"({_ROWS}, str skip, {_IDS}, {_GROUP}) -> Tensor",
         _lse,
-        lambda q, *args, **kwargs: q.new_empty(len(q)),
+        lambda q, *args, **kwargs: _like(q, len(q)),
     ),
     "group_mean": (
         f"({_ROWS}, str skip, {_IDS}, {_GROUP}) -> (Tensor, Tensor)",
         _mean,
-        lambda q, *args, **kwargs: (q.new_empty(len(q)), torch.empty_like(q)),
+        lambda q, *args, **kwargs: (_like(q, len(q)), _like(q, *q.shape)),
     ),
     "group_grad": (
         f"({_ROWS}, str skip, {_IDS}, {_WEIGHTS}, {_GROUP}) -> Tensor",
         _grad,
-        lambda q, *args, **kwargs: torch.empty_like(q),
+        lambda q, *args, **kwargs: _like(q, *q.shape),
     ),
     "group_sigmoid": (
         f"({_ROWS}, float bias, Tensor? bias_tensor, Tensor? row_weight, {_IDS}, bool need_dq, "
@@ -261,14 +260,14 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _fake_sigmoid,
     ),
     "group_total": (
-        "(Tensor x, str group) -> Tensor",
+        "(Tensor x, str group, str call) -> Tensor",
         _total,
-        lambda x, group: torch.empty_like(x),
+        lambda x, group, call: x.new_empty(x.shape),
     ),
     "group_times_ranks": (
         "(Tensor x, str group) -> Tensor",
         _times_ranks,
-        lambda x, group: torch.empty_like(x),
+        lambda x, group: x.new_empty(x.shape),
     ),
 }
 for _name, _parts in _OPERATORS.items():

@@ -1,24 +1,32 @@
 """What the losses need of torch.distributed: numbers and rows of all ranks, and a named culprit.
 
-Every exchange is a collective that can be watched while it runs. A rank that waits for more than a
-second says so in the group's store; when a connection breaks or the group's timeout is over, the
-ranks that never said anything are the ones to name.
+Every exchange begins with a meeting: a few numbers of fixed length, by which the ranks see that
+they compute the same, and how many rows each has. Every collective can be watched while it runs;
+when a connection breaks or the group's timeout is over, `lost_ranks` knows who is missing.
 """
 
 import contextlib
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .lost_ranks import GRACE, NOTICE, LostRankError, Signs
+
 WORLD = "world"
-_NOTICE = 1.0  # seconds of waiting before a rank says so
-_GRACE = 5.0  # seconds in which the others can say so, once one of them saw a failure
-_PREFIX = "clae_fast/waits/"
+_TEXT = 2048  # bytes of what a rank says of itself when they disagree
+
+
+class Told(NamedTuple):
+    """What a rank says of itself at a meeting."""
+
+    rows: int
+    flags: int
 
 
 class Group:
@@ -26,14 +34,47 @@ class Group:
 
     Args:
         name: of the group as torch.distributed knows it, or "world".
-        what: the operation, for errors.
+        call: what the ranks compute, as `described` puts it: the same on all of them.
     """
 
-    def __init__(self, name: str, what: str) -> None:
+    def __init__(self, name: str, call: str) -> None:
         self.group = resolve(name)
-        self.what = what
+        self.call = call
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.timeout = _timeout(self.group)
+        self.signs = _signs(self.group)
+
+    # ----------------------------------------------------------------------------------- meetings
+
+    def meet(self, device: torch.device, rows: int = 0, flags: int = 0) -> list[Told]:
+        """The ranks say how many rows they have and which flags are set.
+
+        Raises:
+            ValueError: they do not compute the same; names a rank, what it says and what rank 0
+                says.
+            LostRankError: a rank did not take part.
+        """
+        self.signs.count += 1
+        digest = hashlib.blake2b(self.call.encode(), digest_size=7).digest()
+        mine = [int.from_bytes(digest, "little"), rows, flags, self.signs.count]
+        told = self._numbers(mine, device)
+        # All go on from one count, whoever was here before or has left a call out.
+        self.signs.count = max(numbers[3] for numbers in told)
+        if any(numbers[0] != told[0][0] for numbers in told):
+            raise self._disagreement(device)
+        return [Told(numbers[1], numbers[2]) for numbers in told]
+
+    def _disagreement(self, device: torch.device) -> ValueError:
+        text = self.call.encode()[:_TEXT].ljust(_TEXT)
+        home = _home_of_numbers(self.group, device)
+        with _aside(home):
+            sent = torch.tensor(list(text), dtype=torch.uint8, device=home)
+            got = sent.new_empty(self.size * _TEXT)
+            self._finish(_all_gather(got, sent, group=self.group, async_op=True), home, watch=True)
+            rows = got.view(self.size, _TEXT).tolist()
+        texts = [bytes(row).decode(errors="replace").rstrip() for row in rows]
+        other = next(r for r, text in enumerate(texts) if text != texts[0])
+        return ValueError(_difference(texts[0], texts[other], self.name_of(0), self.name_of(other)))
 
     def name_of(self, rank: int) -> int:
         """The rank among all processes."""
@@ -41,11 +82,11 @@ class Group:
 
     # ------------------------------------------------------------------------------- collectives
 
-    def numbers(self, mine: Sequence[int], device: torch.device) -> list[list[int]]:
+    def _numbers(self, mine: list[int], device: torch.device) -> list[list[int]]:
         """The integers of every rank, on the host; as many on each.
 
-        On a GPU they travel on a stream of their own: the host waits for the other hosts, not for
-        work that is queued on the device.
+        On a GPU they travel on a stream of their own: the host waits for the other hosts, and for
+        collectives of the group that were begun before, not for what is queued on the device.
         """
         home = _home_of_numbers(self.group, device)
         with _aside(home):
@@ -98,77 +139,99 @@ class Group:
                 work.wait()
         except (RuntimeError, TimeoutError) as error:
             raise self._named(error) from error
+        self.signs.take_back()
+
+    @property
+    def _grace(self) -> float:
+        """Seconds of the timeout that are left for finding out who is missing."""
+        return min(GRACE, self.timeout / 3)
 
     def _wait(self, work: Any) -> None:
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout - self._grace
         while True:
             left = deadline - time.monotonic()
             try:
-                work.wait(timedelta(seconds=max(1e-3, min(_NOTICE, left))))
+                work.wait(timedelta(seconds=max(1e-3, min(NOTICE, left))))
                 return
             except RuntimeError:
                 if work.is_completed():  # it failed, or ended just now
                     work.wait()
                     return
-            if left < _NOTICE:
+            if time.monotonic() >= deadline:
                 raise TimeoutError(self._late())
-            self._say()
+            self.signs.leave()
 
     def _poll(self, work: Any) -> None:
-        start, said = time.monotonic(), False
+        start, deadline = time.monotonic(), self.timeout - self._grace
         while not work.is_completed():
             waited = time.monotonic() - start
-            if waited > self.timeout:
+            if waited > deadline:
                 raise TimeoutError(self._late())
-            if not said and waited > _NOTICE:
-                self._say()
-                said = True
+            if not self.signs.left and waited > NOTICE:
+                self.signs.leave()
             if waited > 1e-3:
                 time.sleep(1e-4)
 
     def _late(self) -> str:
         return f"no answer within the group's timeout, {self.timeout:g} s"
 
-    def _say(self) -> None:
-        """Leave a sign in the store: this rank is here, and waits."""
-        with contextlib.suppress(RuntimeError):
-            store = dist.distributed_c10d._get_process_group_store(self.group)
-            store.set(f"{_PREFIX}{self.rank}", str(_count(self.group)))
-
-    def _named(self, error: Exception) -> RuntimeError:
+    def _named(self, error: Exception) -> LostRankError:
         """The error to raise: who did not take part."""
-        missing = self._missing(0.0 if isinstance(error, TimeoutError) else _GRACE)
-        reason = " ".join(str(error).split())
+        missing = self.signs.missing(self._grace)
+        reason = " ".join(str(error).split()).partition(" This is typically")[0]
+        what = self.call.partition(": ")[0]
         if missing is None:
-            who = "a rank, and the store that would know which (rank 0 often keeps it),"
+            who = "a rank did not take part, and the store that would know which is silent too (it "
+            who += "is often rank 0's)"
         elif missing:
             names = ", ".join(str(self.name_of(r)) for r in missing)
-            who = f"rank {names}" if len(missing) == 1 else f"ranks {names}"
+            who = (
+                f"rank {names} did not take part"
+                if len(missing) == 1
+                else (f"ranks {names} did not take part")
+            )
         else:
-            return RuntimeError(f"{self.what}: an exchange between the ranks failed: {reason}")
-        return RuntimeError(
-            f"{self.what}: {who} did not take part in the exchange of embeddings: ended, stuck, or "
-            f"not calling the same losses in the same order ({reason})"
-        )
+            return LostRankError(
+                f"{what}: an exchange between the ranks failed, though all of them are there: one "
+                f"may have called something else meanwhile ({reason})"
+            )
+        return LostRankError(f"{what}: {who}: ended, stuck, or still at other work ({reason})")
 
-    def _missing(self, grace: float) -> list[int] | None:
-        """Ranks that did not say that they wait, within `grace` seconds; None: nobody can tell."""
-        self._say()
-        now, deadline = _count(self.group), time.monotonic() + min(grace, self.timeout)
-        while True:
-            try:
-                store = dist.distributed_c10d._get_process_group_store(self.group)
-                keys = {r: f"{_PREFIX}{r}" for r in range(self.size) if r != self.rank}
-                missing = [
-                    r
-                    for r, key in keys.items()
-                    if not store.check([key]) or int(store.get(key)) < now
-                ]
-            except RuntimeError:
-                return None
-            if not missing or time.monotonic() >= deadline:
-                return missing
-            time.sleep(0.1)
+
+def described(name: str, **facts: Any) -> str:
+    """A call and its options in one line, for ranks to compare."""
+    return f"{name}: " + "; ".join(f"{k}={_word(v)}" for k, v in facts.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "a tensor"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return str(value.__qualname__)  # a function's address differs from process to process
+    if isinstance(value, float):
+        return repr(value)
+    return str(value)
+
+
+def _difference(first: str, other: str, rank_0: int, rank: int) -> str:
+    """What two ranks' calls differ in."""
+    (name, _, facts), (other_name, _, other_facts) = (x.partition(": ") for x in (first, other))
+    if name != other_name:
+        return (
+            "the ranks of a group must make the same calls in the same order, got "
+            f"{name} on rank {rank_0} and {other_name} on rank {rank}"
+        )
+    mine, theirs = (dict(_pair(x) for x in y.split("; ")) for y in (facts, other_facts))
+    key = next((k for k in mine if theirs.get(k) != mine[k]), "the call")
+    return (
+        f"{name}: {key} must be the same on every rank of the group, got {mine.get(key)} on rank "
+        f"{rank_0} and {theirs.get(key)} on rank {rank}"
+    )
+
+
+def _pair(fact: str) -> tuple[str, str]:
+    key, _, value = fact.partition("=")
+    return key, value
 
 
 # ----------------------------------------------------------------------------------------- groups
@@ -190,8 +253,8 @@ def name_of(group: Any) -> str:
     if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group must be one that this process is a member of")
     raise TypeError(
-        f'group must be None (this process alone), "world" or a torch.distributed.ProcessGroup, '
-        f"got {group!r}"
+        'group must be None (this process alone), "world" or a torch.distributed.ProcessGroup '
+        f"(of a DeviceMesh: mesh.get_group()), got {group!r}"
     )
 
 
@@ -208,7 +271,12 @@ def resolve(name: str) -> Any:
         )
     if name == WORLD:
         return dist.group.WORLD
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"group is one that is gone, {name!r}: destroy_process_group() was called since"
+        ) from error
 
 
 def _home_of_numbers(group: Any, device: torch.device) -> torch.device:
@@ -222,8 +290,11 @@ def _devices(group: Any) -> list[str]:
 
 def _timeout(group: Any) -> float:
     """Seconds; the shortest of the group's backends."""
-    backends = [group._get_backend(torch.device(device)) for device in _devices(group)]
-    return float(min(b.options._timeout.total_seconds() for b in backends))
+    found = [dist.default_pg_timeout]
+    for device in _devices(group):
+        options = getattr(group._get_backend(torch.device(device)), "options", None)
+        found.append(getattr(options, "_timeout", None) or dist.default_pg_timeout)
+    return float(min(timeout.total_seconds() for timeout in found))
 
 
 @contextlib.contextmanager
@@ -244,16 +315,15 @@ def _side_stream(device: torch.device) -> Any:
     return _streams[device]
 
 
-_counts: dict[str, int] = {}
+_known: dict[str, Signs] = {}
 
 
-def begin(group: Any) -> None:
-    """Count a meeting of the ranks: all of them count alike, as they call the same losses."""
-    _counts[group.group_name] = _count(group) + 1
-
-
-def _count(group: Any) -> int:
-    return _counts.get(group.group_name, 0)
+def _signs(group: Any) -> Signs:
+    """Of this very group: another may have had its name before."""
+    signs = _known.get(group.group_name)
+    if signs is None or signs.group is not group:
+        signs = _known[group.group_name] = Signs(group)
+    return signs
 
 
 # ------------------------------------------------------------------------------------ small parts

@@ -34,7 +34,7 @@ class Sweeps(Protocol):
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks; they may differ in number."""
 
-    def start(self, rows: int) -> int:
+    def start(self, rows: int, like: Tensor) -> int:
         """Where this process's rows begin among those that `gather` returns."""
 
     def upstream(self, g: Tensor) -> Tensor:
@@ -47,6 +47,7 @@ class Where(NamedTuple):
     backend: str
     group: str = ""
     exchange: str = "auto"
+    call: str = ""
 
     @property
     def here(self) -> "Where":
@@ -88,7 +89,7 @@ class Local(NamedTuple):
     def gather(self, x: Tensor) -> Tensor:
         return x
 
-    def start(self, rows: int) -> int:
+    def start(self, rows: int, like: Tensor) -> int:
         return 0
 
     def upstream(self, g: Tensor) -> Tensor:

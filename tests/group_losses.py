@@ -173,7 +173,7 @@ def measured_exchange(rank, name, b, exchange, gradients):
         count["peak"] = max(count["peak"], least)
 
     gather, pass_on = Group.gather, Group.pass_on
-    numbers, total = Group.numbers, Group.total
+    numbers, total = Group._numbers, Group.total
 
     def counted_gather(self, x):
         out = gather(self, x)
@@ -200,7 +200,7 @@ def measured_exchange(rank, name, b, exchange, gradients):
     with (
         mock.patch.object(Group, "gather", counted_gather),
         mock.patch.object(Group, "pass_on", counted_pass_on),
-        mock.patch.object(Group, "numbers", counted_numbers),
+        mock.patch.object(Group, "_numbers", counted_numbers),
         mock.patch.object(Group, "total", counted_total),
     ):
         loss = bind(name, float(scale), group="world", exchange=exchange)(*mine)
@@ -360,7 +360,7 @@ def theirs_and_ours(rank):
     return {name: [gradients(loss) for loss in both] for name, both in pairs.items()}
 
 
-def checked_operators(rank):
+def checked_operators(rank, layout):
     """`opcheck` of every operator over a group: what it returns is what its fake says."""
     g = torch.Generator().manual_seed(rank)
     q, k = (torch.randn(3 + rank, 8, generator=g) for _ in "qk")
@@ -368,10 +368,14 @@ def checked_operators(rank):
     rows = torch.rand(len(q), generator=g)
     t = torch.tensor(0.5)
     ids = torch.arange(len(q), dtype=torch.int32)
-    place = ("world", "ring")
+    place = ("world", "ring", "a_loss: temperature=0.1")
     form = (q, k, None, 1.0, t, True, "nt_xent", True)
     two_rows = torch.rand(2 * len(q), generator=g)
-    none = q.new_empty(0)
+    none, call = q.new_empty(0), (place[0], place[2])
+    turned = torch.randn(5, 4, generator=g).t()
+    if layout == "transposed":  # what comes back is contiguous all the same
+        q, k, z = (x.t().contiguous().t() for x in (q, k, z))
+        form = (q, k, *form[2:])
     cases = {
         "group_contrast": [
             (*form, True, False, False, True, "mean", *place),
@@ -381,8 +385,8 @@ def checked_operators(rank):
             (*form, two_rows, none, two_rows, True, True, False, True, *place),
         ],
         "group_uel": [(z, 2.0, 1.5, None, False, need, *place) for need in (True, False)],
-        "group_reduce": [(rows, "mean", "world")],
-        "group_average": [(t, "world")],
+        "group_reduce": [(rows, "mean", *call)],
+        "group_average": [(t, *call)],
         "group_lse": [(q, k, 2.0, None, "diagonal", ids, ids, *place)],
         "group_mean": [(q, k, 2.0, t, "none", None, None, *place)],
         "group_grad": [(q, k, 2.0, None, "none", None, None, rows, rows, rows, rows, *place)],
@@ -390,7 +394,7 @@ def checked_operators(rank):
             (q, k, 2.0, None, -1.0, None, rows, None, None, need, not need, *place)
             for need in (True, False)
         ],
-        "group_total": [(rows[:2], "world")],
+        "group_total": [(turned[:2], *call)],
         "group_times_ranks": [(rows, "world")],
     }
     for name, calls in cases.items():

@@ -143,8 +143,9 @@ def test_what_other_libraries_call_it(four):
                 assert error < 1e-9, (name, float(error))
 
 
-def test_operators(four):
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_operators(four, layout):
     every = sorted(name for name in dir(torch.ops.clae_fast) if name.startswith("group_"))
     assert every
-    for names in four.run(checked_operators):
+    for names in four.run(checked_operators, layout):
         assert set(every) <= set(names)

@@ -87,7 +87,20 @@ def clip_loss(
         bias = logit_bias
     elif logit_bias is not None:
         check.number("logit_bias", logit_bias)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "clip_loss",
+        logit_scale=logit_scale,
+        sample_weight=sample_weight,
+        label_smoothing=label_smoothing,
+        targets=targets,
+        ids=ids,
+        extra_ids=extra_ids,
+    )
     scale: Scale
     if isinstance(logit_scale, Tensor):
         scale = (1.0, logit_scale, False)

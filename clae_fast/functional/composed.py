@@ -149,7 +149,7 @@ def _two_targets(
     y, pairs = _as_matrix(targets, q.dtype), rows.pairs
     whole = _sum_of_rows(y)
     by_query = whole, _apart(pairs, y, whole, k)
-    start = pairs.sweeps.start(len(k))
+    start = pairs.sweeps.start(len(k), k)
     mine = torch.arange(start, start + len(k), device=k.device)
     transposed = y.t()
     whole = pairs.total(_sum_of_rows(transposed))[mine]
@@ -160,7 +160,7 @@ def _two_targets(
 def _apart(pairs: Pairs, y: Tensor, whole: Tensor, k: Tensor) -> Tensor:
     """`T_i k_i - sum_j y_ij k_j` from one matrix: an own key's share cancels in it, not in sums."""
     here = torch.arange(len(k), device=k.device)
-    matrix = _less(y, here, here + pairs.sweeps.start(len(k)), whole)
+    matrix = _less(y, here, here + pairs.sweeps.start(len(k), k), whole)
     return _product(matrix, pairs.gather(k))
 
 

@@ -83,11 +83,28 @@ def dcl_loss(
     check.positive_scalar("temperature", temperature, z_i)
     if weight_fn is not None:
         check.function("weight_fn", weight_fn)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "dcl_loss",
+        temperature=temperature,
+        weight_fn=weight_fn,
+        sample_weight=sample_weight,
+        ids=ids,
+        extra_ids=extra_ids,
+    )
     options = row_options(
-        "z_i", z_i, z_i.shape[0], sample_weight=sample_weight, ids=ids,
-        extra_negatives=extra_negatives, extra_ids=extra_ids,
-    )  # fmt: skip
+        "z_i",
+        z_i,
+        z_i.shape[0],
+        sample_weight=sample_weight,
+        ids=ids,
+        extra_negatives=extra_negatives,
+        extra_ids=extra_ids,
+    )
     scale = reciprocal_scale(temperature)
     args = (z_i, z_j, scale, normalize, weight_fn, options, reduction, Where(*place))
     return Plan(_loss, args, reduction)
@@ -129,7 +146,7 @@ class _MisesFisher:
         mine = (z_i.detach() * z_j.detach()).sum(-1) / self.sigma
         if over is None:
             return 2 - len(mine) * torch.softmax(mine, 0)
-        everyone, start = over.gather(mine), over.start(len(mine))
+        everyone, start = over.gather(mine), over.start(len(mine), mine)
         return (2 - len(everyone) * torch.softmax(everyone, 0))[start : start + len(mine)]
 
 

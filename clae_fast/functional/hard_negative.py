@@ -75,11 +75,29 @@ def hard_negative_loss(
     check.positive_scalar("temperature", temperature, z_i)
     check.number("beta", beta, at_least=0)
     check.share("tau_plus", tau_plus)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "hard_negative_loss",
+        temperature=temperature,
+        beta=beta,
+        tau_plus=tau_plus,
+        sample_weight=sample_weight,
+        ids=ids,
+        extra_ids=extra_ids,
+    )
     options = row_options(
-        "z_i", z_i, z_i.shape[0], sample_weight=sample_weight, ids=ids,
-        extra_negatives=extra_negatives, extra_ids=extra_ids,
-    )  # fmt: skip
+        "z_i",
+        z_i,
+        z_i.shape[0],
+        sample_weight=sample_weight,
+        ids=ids,
+        extra_negatives=extra_negatives,
+        extra_ids=extra_ids,
+    )
     scale = reciprocal_scale(temperature)
     hardness = (float(beta), float(tau_plus))
     args = (z_i, z_j, scale, normalize, hardness, options, reduction, Where(*place))

@@ -101,7 +101,23 @@ def info_nce_loss(
     check.positive_scalar("temperature", temperature, query)
     check.word("negative_mode", negative_mode, NEGATIVE_MODES)
     check.flag("symmetric", symmetric)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "info_nce_loss",
+        temperature=temperature,
+        symmetric=symmetric,
+        negative_mode=negative_mode,
+        negative_keys=_rows_of(negative_keys),
+        sample_weight=sample_weight,
+        label_smoothing=label_smoothing,
+        targets=targets,
+        query_ids=query_ids,
+        extra_ids=extra_ids,
+    )
     scale = reciprocal_scale(temperature)
     given = (sample_weight, targets, query_ids, key_ids, extra_negatives, extra_ids)
     asked = bool(label_smoothing) or any(x is not None for x in given)
@@ -131,7 +147,16 @@ def info_nce_loss(
                 "query_ids, key_ids, extra_negatives and extra_ids; got one of them (weight the "
                 'rows of reduction="none" instead)'
             )
-        args = (query, positive_key, negative_keys, *scale, normalize, reduction, place[1])
+        args = (
+            query,
+            positive_key,
+            negative_keys,
+            *scale,
+            normalize,
+            reduction,
+            place[1],
+            place[3],
+        )
         return Plan(_paired_loss, args, reduction)
     if asked:
         columns = negative_keys.shape[0] if negative_keys is not None else None
@@ -152,6 +177,12 @@ def info_nce_loss(
     return contrast(query, positive_key, negative_keys, scale, *options, slots=(0, 1, 2))
 
 
+def _rows_of(negative_keys: Any) -> Any:
+    """How many a queue has, which is the same on every rank."""
+    shared = isinstance(negative_keys, Tensor) and negative_keys.dim() == 2
+    return len(negative_keys) if shared else None
+
+
 @full_precision
 def _paired_loss(
     query: Tensor,
@@ -163,6 +194,7 @@ def _paired_loss(
     normalize: bool,
     reduction: str,
     group: str,
+    call: str,
 ) -> Tensor:
     """InfoNCE with each query's own negatives: a batch of matrix-vector products, no sweep."""
     dtype = compute_dtype(query.dtype)
@@ -170,12 +202,12 @@ def _paired_loss(
     if normalize:
         q, k, n = (unit_rows(x).z for x in (q, k, n))
     if group:
-        scale_tensor = shared(scale_tensor, group)
+        scale_tensor = shared(scale_tensor, group, call)
     t = effective_scale(scale, scale_tensor, reciprocal, dtype)
     s_pos = (q * k).sum(-1) * t
     s_neg = (n @ q[:, :, None]).squeeze(-1) * t
     rows = softplus(log_sum_exp(s_neg) - s_pos)
     rows = rows if normalize else rows + alarm(q, k, n)
     if group:
-        return reduce_over_group(rows, reduction, group)
+        return reduce_over_group(rows, reduction, group, call)
     return autograd.reduce_rows(rows, reduction)

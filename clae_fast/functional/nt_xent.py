@@ -82,7 +82,19 @@ def nt_xent_loss(
     """
     check.embeddings("z_i", z_i, "z_j", z_j, empty=group is not None)
     check.positive_scalar("temperature", temperature, z_i)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "nt_xent_loss",
+        temperature=temperature,
+        sample_weight=sample_weight,
+        label_smoothing=label_smoothing,
+        ids=ids,
+        extra_ids=extra_ids,
+    )
     asked = (sample_weight, ids, extra_negatives, extra_ids)
     if label_smoothing or any(x is not None for x in asked):
         rows = row_options(

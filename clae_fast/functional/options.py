@@ -120,7 +120,7 @@ def prepare(
     number, tensor, reciprocal = scale
     dtype = compute_dtype(embeddings[0].dtype)
     if where.group:
-        tensor = shared(tensor, where.group)
+        tensor = shared(tensor, where.group, where.call)
     t = effective_scale(number, None if tensor is None else tensor.to(dtype), reciprocal, dtype)
     raw = [x.to(dtype) for x in (*embeddings, extra) if x is not None]
     units = [unit_rows(x) if normalize else as_given(x) for x in raw]

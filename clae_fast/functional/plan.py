@@ -11,7 +11,7 @@ from .. import autograd
 from .. import validation as check
 from ..backends import requested
 from ..exchange import MODES
-from ..process_group import name_of
+from ..process_group import described, name_of
 
 Scale = tuple[float, Tensor | None, bool]
 
@@ -80,16 +80,31 @@ def reciprocal_scale(temperature: float | Tensor) -> Scale:
     return 1.0 / float(temperature), None, False
 
 
-Place = tuple[str, str, str]
+Place = tuple[str, str, str, str]
 
 
 def common(
-    reduction: str, normalize: bool, backend: str | None, group: Any, exchange: str
+    reduction: str,
+    normalize: bool,
+    backend: str | None,
+    group: Any,
+    exchange: str,
+    name: str,
+    **facts: Any,
 ) -> Place:
-    """Checks the keywords that every loss has; (backend, group's name, exchange)."""
+    """Checks the keywords that every loss has; (backend, group's name, exchange, the call).
+
+    `name` and `facts`: the loss and what all ranks must give alike.
+    """
     if reduction not in check.REDUCTIONS:
         check.word("reduction", reduction, check.REDUCTIONS)
     check.flag("normalize", normalize)
     if exchange != "auto":
         check.word("exchange", exchange, MODES)
-    return requested(backend), name_of(group), exchange
+        if group is None:
+            raise ValueError(f"exchange is between the ranks of a group, got {exchange!r} without")
+    backend = requested(backend)
+    if group is None:
+        return backend, "", exchange, ""
+    facts |= {"reduction": reduction, "normalize": normalize}
+    return backend, name_of(group), exchange, described(name, **facts)

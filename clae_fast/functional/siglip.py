@@ -85,7 +85,18 @@ def siglip_loss(
     samples = image_features.shape[0]
     if positive_ids is not None:
         check.integers("positive_ids", positive_ids, samples, image_features)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "siglip_loss",
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        positive_ids=positive_ids,
+        sample_weight=sample_weight,
+    )
     options = row_options("image_features", image_features, samples, sample_weight=sample_weight)
     scale: Scale
     if isinstance(logit_scale, Tensor):
@@ -93,9 +104,16 @@ def siglip_loss(
     else:
         scale = (float(logit_scale), None, False)
     args = (
-        image_features, text_features, scale, logit_bias, normalize, positive_ids, options,
-        reduction, Where(*place),
-    )  # fmt: skip
+        image_features,
+        text_features,
+        scale,
+        logit_bias,
+        normalize,
+        positive_ids,
+        options,
+        reduction,
+        Where(*place),
+    )
     return Plan(_loss, args, reduction)
 
 
@@ -120,7 +138,7 @@ def _loss(
         else torch.tensor(logit_bias, dtype=dtype, device=x.z.device)
     )
     if where.group:
-        bias = shared(bias, where.group)
+        bias = shared(bias, where.group, where.call)
     extra: Tensor | None = None
     both: tuple[Tensor | None, Tensor | None] = (None, None)
     if positive_ids is not None:
@@ -148,7 +166,7 @@ def _other_positives(pairs: Pairs, q: Tensor, k: Tensor, ids: Ids, bias: Tensor)
     columns of their own ids alone.
     """
     k = pairs.gather(k)
-    start = pairs.sweeps.start(len(q))
+    start = pairs.sweeps.start(len(q), q)
     if not len(q):  # a part of the graph all the same: the ranks meet in its backward
         return (q @ k.mT).sum(-1)
     row_ids, row_order = ids.here.sort(stable=True)

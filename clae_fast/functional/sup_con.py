@@ -81,11 +81,26 @@ def sup_con_loss(
     samples = features.shape[0]
     check.integers("labels", labels, samples, features)
     check.positive_scalar("temperature", temperature, features)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "sup_con_loss",
+        temperature=temperature,
+        views=features.shape[1:-1],
+        sample_weight=sample_weight,
+        label_smoothing=label_smoothing,
+    )
     options = row_options(
-        "features", features.flatten(0, -2), samples, sample_weight=sample_weight,
-        label_smoothing=label_smoothing, extra_negatives=extra_negatives,
-    )  # fmt: skip
+        "features",
+        features.flatten(0, -2),
+        samples,
+        sample_weight=sample_weight,
+        label_smoothing=label_smoothing,
+        extra_negatives=extra_negatives,
+    )
     scale = reciprocal_scale(temperature)
     args = (features, labels, scale, normalize, options, reduction, Where(*place))
     return Plan(_loss, args, reduction)

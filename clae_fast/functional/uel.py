@@ -60,7 +60,16 @@ def uel_loss(
     check.embeddings("z_i", z_i, "z_j", z_j, empty=group is not None)
     check.positive_scalar("temperature", temperature, z_i)
     check.number("negative_weight", negative_weight, at_least=1)
-    place = common(reduction, normalize, backend, group, exchange)
+    place = common(
+        reduction,
+        normalize,
+        backend,
+        group,
+        exchange,
+        "uel_loss",
+        temperature=temperature,
+        negative_weight=negative_weight,
+    )
     scale, tensor, reciprocal = reciprocal_scale(temperature)
     options = (scale, reciprocal, normalize, float(negative_weight), reduction, *place)
     args = (z_i, z_j, tensor, autograd.UELOptions(*options))

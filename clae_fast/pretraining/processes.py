@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from clae_fast.lost_ranks import LostRankError
+
 from .config import PretrainConfig
 from .launch import launch
 from .machine import choose_device
@@ -123,7 +125,11 @@ def is_known_to_all(error: BaseException) -> bool:
 def is_loss_of_another(error: BaseException) -> bool:
     """Whether a collective failed, as it does when another process has ended."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in text or "connection closed" in text
+    return (
+        isinstance(error, (dist.DistError, LostRankError))
+        or "gloo" in text
+        or "connection closed" in text
+    )
 
 
 @contextlib.contextmanager
