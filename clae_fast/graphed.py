@@ -1,5 +1,6 @@
 """The attack of `clae_step` recorded as a CUDA graph: one launch instead of hundreds."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,8 +154,8 @@ def _settings(*owners: object) -> tuple[Any, ...]:
 
 def _meets(loss: Loss) -> bool:
     """Whether the loss is over a process group: its ranks meet on the host, which no graph can."""
-    of_partial = getattr(loss, "keywords", {}).get("group")
-    return getattr(loss, "group", None) is not None or of_partial is not None
+    told = loss.keywords if isinstance(loss, functools.partial) else {}
+    return getattr(loss, "group", None) is not None or told.get("group") is not None
 
 
 def _synchronises(encoder: nn.Module) -> bool:

@@ -154,11 +154,11 @@ def train(rank, name, sizes, exchange):
 
 
 def measured_exchange(rank, name, b, exchange, gradients):
-    """Bytes received and sent, the most that buffers of the exchange held, bytes of control."""
+    """Bytes received and sent, the most that buffers held, and bytes of each meeting."""
     sizes = (b,) * 4
     inputs, split, scale = batch(name, sizes, torch.float32)
     mine = [x.clone().requires_grad_(gradients) for x in share(rank, sizes, inputs, split)]
-    count = {"received": 0, "sent": 0, "peak": 0, "control": 0}
+    count = {"received": 0, "sent": 0, "peak": 0}
     alive = []
 
     def held():
@@ -173,7 +173,7 @@ def measured_exchange(rank, name, b, exchange, gradients):
         count["peak"] = max(count["peak"], least)
 
     gather, pass_on = Group.gather, Group.pass_on
-    numbers, total = Group._numbers, Group.total
+    numbers, meetings = Group._numbers, []
 
     def counted_gather(self, x):
         out = gather(self, x)
@@ -190,23 +190,18 @@ def measured_exchange(rank, name, b, exchange, gradients):
         return arrive
 
     def counted_numbers(self, mine, device):
-        count["control"] += 8 * len(mine) * (self.size - 1)
+        meetings.append(8 * len(mine))
         return numbers(self, mine, device)
-
-    def counted_total(self, x):
-        count["control"] += x.nbytes * (self.size - 1)
-        return total(self, x)
 
     with (
         mock.patch.object(Group, "gather", counted_gather),
         mock.patch.object(Group, "pass_on", counted_pass_on),
         mock.patch.object(Group, "_numbers", counted_numbers),
-        mock.patch.object(Group, "total", counted_total),
     ):
         loss = bind(name, float(scale), group="world", exchange=exchange)(*mine)
         if gradients:
             loss.backward()
-    return count["received"], count["sent"], count["peak"], count["control"]
+    return count["received"], count["sent"], count["peak"], meetings
 
 
 # ------------------------------------------------ losses put together from sweeps, and options
@@ -272,17 +267,18 @@ def family_batch(name, sizes, dtype):
     return [q, k], given
 
 
-def family_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False):
+def family_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False, device="cpu"):
     """As `one_loss`: (loss, input gradients, gradients of scale, bias and extra negatives)."""
     group = subgroup(len(sizes))
     if rank >= len(sizes):
         return None
     inputs, given = family_batch(name, sizes, dtype)
     split = [v is not given["extra_negatives"] for v in given.values()]
-    mine = [x.clone().requires_grad_() for x in share(rank, sizes, inputs, [True, True])]
+    mine = share(rank, sizes, inputs, [True, True])
+    mine = [x.to(device, copy=True).requires_grad_() for x in mine]
     shares = share(rank, sizes, list(given.values()), split)
-    given = dict(zip(given, shares, strict=True))
-    learned = parameters(given, dtype)
+    given = {n: x.to(device) for n, x in zip(given, shares, strict=True)}
+    learned = parameters(given, device)
     options = {"reduction": reduction, "group": group, "exchange": exchange}
 
     def run(*x):
@@ -292,14 +288,15 @@ def family_loss(rank, name, sizes, dtype, reduction, exchange, compiled=False):
         torch._dynamo.reset()
         run = torch.compile(run, fullgraph=True)
     loss = run(*mine)
-    (loss * upstream(loss, rank)).sum().backward()
-    return loss.detach(), [x.grad for x in mine], [x.grad for x in learned]
+    (loss * upstream(loss, rank).to(device)).sum().backward()
+    grads = [[None if x.grad is None else x.grad.cpu() for x in xs] for xs in (mine, learned)]
+    return loss.detach().cpu(), *grads
 
 
-def parameters(given, dtype):
+def parameters(given, device="cpu"):
     """Scale, bias and extra negatives, which may learn."""
-    scale = torch.tensor(0.4, dtype=torch.float64).requires_grad_()
-    bias = torch.tensor(-2.0, dtype=torch.float64).requires_grad_()
+    scale = torch.tensor(0.4, dtype=torch.float64, device=device).requires_grad_()
+    bias = torch.tensor(-2.0, dtype=torch.float64, device=device).requires_grad_()
     given["extra_negatives"] = given["extra_negatives"].clone().requires_grad_()
     return scale, bias, given["extra_negatives"]
 

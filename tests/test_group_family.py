@@ -20,7 +20,7 @@ def truth(name, sizes, dtype, reduction):
     inputs, given = family_batch(name, sizes, dtype)
     whole = [x.double().requires_grad_() for x in inputs]
     given = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
-    learned = parameters(given, torch.float64)
+    learned = parameters(given)
     loss = family(name, whole, given, *learned[:2], reduction=reduction, backend="reference")
     objective = 1.5 * loss
     if reduction == "none":

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from group_losses import LOSSES, one_loss
+from group_losses import FAMILY, LOSSES, family_loss, one_loss
 from processes import Processes
+from test_group_family import check as check_family
 from test_group_losses import check
 
 pytestmark = pytest.mark.gpu_only
@@ -27,3 +28,11 @@ def test_loss(gpus, name, reduction, exchange, compiled):
         one_loss, name, sizes, torch.float32, reduction, exchange, compiled, None, "cuda"
     )
     check(name, sizes, torch.float32, reduction, answers)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_family(gpus, name, exchange):
+    sizes = (3, 1, 2, 5)[: len(gpus.pipes)]
+    answers = gpus.run(family_loss, name, sizes, torch.float32, "mean", exchange, False, "cuda")
+    check_family(name, sizes, torch.float32, "mean", answers)

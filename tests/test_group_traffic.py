@@ -22,9 +22,10 @@ def table(name):
 def test_bytes(four, name, gradients, exchange):
     column = 2 * gradients + (exchange == "ring")
     expected = eval(table("traffic")[name][column], {"W": 4, "b": 8, "D": 24, "e": 4})
-    for received, sent, _, control in four.run(measured_exchange, name, 8, exchange, gradients):
+    for received, sent, _, of_meetings in four.run(measured_exchange, name, 8, exchange, gradients):
         assert received == sent == expected
-        assert control <= 3 * 8 * 16 * 2
+        assert of_meetings
+        assert all(n == 32 for n in of_meetings)
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
@@ -34,13 +35,6 @@ def test_memory(four, name, exchange):
     expected = eval(formula, {"W": 4, "b": 8, "D": 24, "e": 4})
     for *_, peak, _ in four.run(measured_exchange, name, 8, exchange, True):
         assert peak == expected
-
-
-@pytest.mark.parametrize("name", table("traffic"))
-def test_what_is_not_asked_for_does_not_travel(four, name):
-    """Forward alone, on all ranks: no bytes for gradients."""
-    less = four.run(measured_exchange, name, 8, "ring", False)[0][0]
-    assert less <= four.run(measured_exchange, name, 8, "ring", True)[0][0]
 
 
 def test_every_loss_is_in_the_tables():

@@ -198,6 +198,7 @@ def test_as_one_process(found, folder, name, subset):
 def test_a_signal_to_one_process_stops_all_after_the_same_step(found, folder):
     for part in found:
         assert part["message"].startswith("interrupted at step 2 of 4 in epoch 2 of 3; to go on")
+        assert "to go on: torchrun --nproc-per-node 2 -m clae_fast pretrain" in part["message"]
     assert [path.name for path in checkpoints(folder / "cut_for_one")] == ["000000004", "000000006"]
 
 

@@ -356,8 +356,8 @@ class _Run:
         if self.epoch == self.config.epochs:
             where = "after the last epoch"
         raise Interrupted(
-            f"interrupted {where} of {self.config.epochs}; to go on: clae-fast pretrain --resume "
-            f"{folder}"
+            f"interrupted {where} of {self.config.epochs}; to go on: {self.processes.command} "
+            f"pretrain --resume {folder}"
         )
 
     def _keep_examples(self, *images: torch.Tensor) -> None:

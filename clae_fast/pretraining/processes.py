@@ -50,6 +50,13 @@ class Processes:
         """The `group` of the losses."""
         return "world" if self.size > 1 else None
 
+    @property
+    def command(self) -> str:
+        """How as many are started again."""
+        if self.size == 1:
+            return "clae-fast"
+        return f"torchrun --nproc-per-node {self.size} -m clae_fast"
+
     def share(self, count: int) -> slice:
         """This process's part of `count` images; the parts differ by one at most, in order."""
         start, stop = (count * rank // self.size for rank in (self.rank, self.rank + 1))
