@@ -81,8 +81,8 @@ class MemoryQueue(nn.Module):
         Args:
             generator: of the queue's device; None: PyTorch's own.
         """
-        kind = {"dtype": torch.float32, "device": self.keys.device}
-        rows = torch.randn(self.keys.shape, generator=generator, **kind)
+        device = self.keys.device
+        rows = torch.randn(self.keys.shape, generator=generator, dtype=torch.float32, device=device)
         self.keys.copy_(nn.functional.normalize(rows))
         if self.ids is not None:
             self.ids.copy_(-1 - torch.arange(len(self.ids), device=self.ids.device))

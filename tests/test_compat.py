@@ -192,6 +192,18 @@ class OtherTruth(our_open_clip.SigLipLoss):
         raise AssertionError
 
 
+class OtherLoss(our_pml.NTXentLoss):
+    def _compute_loss(self, *args):
+        raise AssertionError
+
+
+def needed(module, name):
+    try:
+        getattr(module, name)
+    except AttributeError as error:
+        raise ValueError(str(error)) from error
+
+
 X = torch.ones(3, 2)
 REFUSED = {
     "use_horovod=True": lambda: our_open_clip.ClipLoss(use_horovod=True),
@@ -199,7 +211,29 @@ REFUSED = {
     "OtherTruth.get_ground_truth": lambda: OtherTruth()(X, X, 1.0, 0.0),
     "dist_impl": lambda: our_open_clip.SigLipLoss(dist_impl="mesh"),
     "logit_scale": lambda: our_open_clip.ClipLoss()(X, X, -1.0),
-    "image_features": lambda: our_open_clip.ClipLoss()(X, X.double(), 1.0),
+    "image_features": lambda: our_open_clip.ClipLoss()(X.int(), X, 1.0),
+    "OtherLoss._compute_loss": lambda: OtherLoss()(X, IDS[:3]),
+    "OtherLoss._compute_loss=": lambda: our_pml.SelfSupervisedLoss(OtherLoss())(X, X),
+    "has no option weight=3; it has distance": lambda: our_pml.SupConLoss(weight=3),
+    "NTXentLoss of clae_fast.compat has no compute_loss": lambda: needed(
+        our_pml.NTXentLoss(), "compute_loss"
+    ),
+    "labels must be a torch.Tensor, got list": lambda: our_pml.SupConLoss()(X, [0, 0, 1]),
+    "labels must be a torch.Tensor, got ndarray": lambda: our_pml.NTXentLoss()(X, IDS[:3].numpy()),
+    "labels must be a torch.Tensor, got tuple": lambda: supcontrast.SupConLoss()(X[:, None], (0,)),
+    "mask must be a torch.Tensor, got list": lambda: supcontrast.SupConLoss()(X[:, None], mask=[]),
+    "indexes must be a torch.Tensor, got list": lambda: solo.simclr_loss_func(X, [0, 0, 1]),
+    "queue must be a torch.Tensor, got list": lambda: solo.mocov2plus_loss_func(X, X, [X]),
+    "base_temperature must not be 0": lambda: supcontrast.SupConLoss(base_temperature=0),
+    "temperature must not be 0": lambda: our_lightly.DCLLoss(0.0),
+    "temperature must be positive and finite, got 0": lambda: our_pml.NTXentLoss(0),
+    "temperature must be positive and finite, got 0.0": lambda: supcontrast.SupConLoss(0.0),
+    r"memory_bank_size must be \(num_features, 2\)": lambda: our_lightly.NTXentLoss(0.1, (4, 3))(
+        X.clone().requires_grad_(), X
+    ),
+    "temperature must have one": lambda: our_pml.SupConLoss(torch.ones(3)),
+    "scale must have one element": lambda: our_st.MultipleNegativesRankingLoss(None, X),
+    "labels must have values": lambda: our_pml.NTXentLoss()(X.to("meta"), IDS[:3].to("meta")),
     "temperature must be positive with a memory bank": lambda: our_lightly.NTXentLoss(-1.0, (4, 2))(
         X, X
     ),
