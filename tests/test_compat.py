@@ -371,8 +371,10 @@ def examples():
     text = MIGRATE.read_text()
     for section in text.split("\n## ")[1:]:
         name = section.partition("\n")[0]
+        if "```diff" not in section:
+            continue
         (imports,) = re.findall(r"```diff\n(.*?)```", section, re.S)
-        (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+        code = re.findall(r"```python\n(.*?)```", section, re.S)[0]
         yield pytest.param(name, imports.splitlines(), code, id=name)
 
 
@@ -387,12 +389,42 @@ PEERS_OF_DOCS = (info_nce, lightly, open_clip, PML, ST, solo, supcontrast)
 @pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
 def test_migrate(name, imports, code):
     """One changed import, one loss: the two not on PyPI run after it only."""
+    losses = []
+    for sign in "+" if name in ("solo-learn", "SupContrast") else "+-":
+        lines = [line[1:] for line in imports if line[0] == sign]
+        losses.append(run_example("\n".join([*lines, code])))
+    assert losses[0].isfinite()
+    torch.testing.assert_close(losses[0], losses[-1], rtol=1e-5, atol=1e-6)
+
+
+def further_examples():
+    """What each section goes on to show of the losses of clae_fast."""
+    for section in MIGRATE.read_text().split("\n## ")[1:]:
+        code = re.findall(r"```python\n(.*?)```", section, re.S)["```diff" in section :]
+        if code:
+            yield pytest.param("\n".join(code), id=section.partition("\n")[0])
+
+
+@pytest.mark.parametrize("code", list(further_examples()))
+def test_migrate_further(code):
+    assert run_example(code).isfinite()
+
+
+def test_there_are_further_examples():
+    assert [p.id for p in further_examples()] == [
+        "open_clip", "sentence-transformers", "MoCo by hand"
+    ]  # fmt: skip
+
+
+def run_example(code):
+    """The loss that it makes of the inputs that the text speaks of."""
     torch.manual_seed(0)
     rows = {
         key: torch.randn(8, 6)
         for key in ("out0", "out1", "images", "texts", "embeddings", "query", "key", "negatives")
     }
     names = {
+        "torch": torch,
         **rows,
         "labels": torch.tensor([0, 0, 1, 1, 2, 2, 0, 1]),
         "features": torch.randn(4, 2, 6),
@@ -402,11 +434,5 @@ def test_migrate(name, imports, code):
         "model": Table(),
         "sentence_features": [{"input_ids": torch.randint(0, 20, (5, 1))} for _ in range(3)],
     }
-    losses = []
-    for sign in "+" if name in ("solo-learn", "SupContrast") else "+-":
-        lines = [line[1:] for line in imports if line[0] == sign]
-        found = dict(names)
-        exec("\n".join([*lines, code]), found)
-        losses.append(found["loss"])
-    assert losses[0].isfinite()
-    torch.testing.assert_close(losses[0], losses[-1], rtol=1e-5, atol=1e-6)
+    exec(code, names)
+    return names["loss"]
