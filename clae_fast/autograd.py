@@ -256,7 +256,12 @@ def contrast_value_and_grad(
 
 @full_precision
 def _uel_rows(
-    z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, o: UELOptions, need: bool
+    z_i: Tensor,
+    z_j: Tensor,
+    scale_tensor: Tensor | None,
+    ids: Tensor | None,
+    o: UELOptions,
+    need: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the loss (2B,); each row's own gradient (2B, D) and slope in `t` (2B,).
 
@@ -273,7 +278,7 @@ def _uel_rows(
     else:
         rows, dq = call(
         "pair_uel", unit.z, unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal,
-        need_dq=need, backend=o.backend,
+        row_ids=ids, col_ids=ids, need_dq=need, backend=o.backend,
     )  # fmt: skip
     if not need:
         return rows, dq, dq
@@ -303,9 +308,14 @@ def _uel_gradients(
 class _UEL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions
+        ctx: Any,
+        z_i: Tensor,
+        z_j: Tensor,
+        scale_tensor: Tensor | None,
+        ids: Tensor | None,
+        options: UELOptions,
     ) -> Tensor:
-        rows, dz, dscale = _uel_rows(z_i, z_j, scale_tensor, options, True)
+        rows, dz, dscale = _uel_rows(z_i, z_j, scale_tensor, ids, options, True)
         ctx.save_for_backward(z_i, z_j, scale_tensor, dz, dscale)
         ctx.need, ctx.options, ctx.count = ctx.needs_input_grad[:3], options, rows.numel()
         return reduce_rows(rows, options.reduction)
@@ -319,27 +329,41 @@ class _UEL(torch.autograd.Function):
             z_i, z_j, scale_tensor, dz, dscale = saved
             return _uel_gradients(need, weight, z_i, z_j, scale_tensor, dz, dscale, options)
 
-        return *_once(gradients, grad_output, *ctx.saved_tensors), None
+        return *_once(gradients, grad_output, *ctx.saved_tensors), None, None
 
 
-def uel_loss(z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions) -> Tensor:
-    """`reference.pair_uel` on the stacked views, reduced; differentiable."""
+def uel_loss(
+    z_i: Tensor,
+    z_j: Tensor,
+    scale_tensor: Tensor | None,
+    options: UELOptions,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """`reference.pair_uel` on the stacked views, reduced; differentiable. `ids`: int32 (2B,), of
+    this process alone."""
     if options.group:
         scale_tensor = shared(scale_tensor, options.group, options.call)
-        rows = _uel_loss(z_i, z_j, scale_tensor, options._replace(reduction="none"))
+        rows = _uel_loss(z_i, z_j, scale_tensor, None, options._replace(reduction="none"))
         return reduce_over_group(rows, options.reduction, options.group, options.call)
-    return _uel_loss(z_i, z_j, scale_tensor, options)
+    return _uel_loss(z_i, z_j, scale_tensor, ids, options)
 
 
-def _uel_loss(z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions) -> Tensor:
+def _uel_loss(
+    z_i: Tensor,
+    z_j: Tensor,
+    scale_tensor: Tensor | None,
+    ids: Tensor | None,
+    options: UELOptions,
+) -> Tensor:
     if options.backend == "reference" and not options.group:
         z = torch.cat((z_i, z_j)).to(compute_dtype(z_i.dtype))
         z = unit_rows(z).z if options.normalize else z
         scale = (options.scale, options.negative_weight, scale_tensor, options.reciprocal)
-        return reduce_rows(reference.pair_uel(z, z, *scale)[0], options.reduction)
+        rows = reference.pair_uel(z, z, *scale, row_ids=ids, col_ids=ids)[0]
+        return reduce_rows(rows, options.reduction)
     if _records_gradient(z_i, z_j, scale_tensor):
-        return _UEL.apply(z_i, z_j, scale_tensor, options)
-    rows = _uel_rows(z_i, z_j, scale_tensor, options, False)[0]
+        return _UEL.apply(z_i, z_j, scale_tensor, ids, options)
+    rows = _uel_rows(z_i, z_j, scale_tensor, ids, options, False)[0]
     return reduce_rows(rows, options.reduction)
 
 
@@ -347,7 +371,7 @@ def uel_value_and_grad(
     need: Need, z_i: Tensor, z_j: Tensor, scale_tensor: Tensor | None, options: UELOptions
 ) -> tuple[Tensor, Gradients]:
     """The reduced loss and its gradients for (z_i, z_j, scale_tensor), without a graph."""
-    rows, dz, dscale = _uel_rows(z_i, z_j, scale_tensor, options, any(need))
+    rows, dz, dscale = _uel_rows(z_i, z_j, scale_tensor, None, options, any(need))
     factor = 1 / rows.numel() if options.reduction == "mean" else 1.0
     weight = rows.new_full((), factor).expand(rows.numel())
     return reduce_rows(rows, options.reduction), _uel_gradients(

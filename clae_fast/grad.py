@@ -61,11 +61,16 @@ def value_and_grad(
             flags = tuple(i in slots for i in range(plan.gradients))
             loss, grads = plan.value_and_grad(flags, *plan.args)
             return add_bias(loss, plan.bias), tuple(
-                None if not wanted else torch.zeros_like(x) if slot is None else grads[slot]
+                _like(None if slot is None else grads[slot], x) if wanted else None
                 for x, slot, wanted in zip(inputs, plan.slots, need, strict=False)
             )
 
     return run
+
+
+def _like(grad: Tensor | None, x: Tensor) -> Tensor:
+    """In x's dtype, as a plan may have computed in a wider one; None is 0."""
+    return torch.zeros_like(x) if grad is None else grad.to(x.dtype)
 
 
 def _argnums(argnums: int | Sequence[int] | None) -> tuple[int, ...] | None:

@@ -155,6 +155,7 @@ class UELLoss(ContrastiveLoss):
     Args:
         temperature: positive number, a one-element tensor, or an nn.Parameter to learn it.
         negative_weight, reduction, normalize, backend, group, exchange: as in `uel_loss`.
+            `sample_weight` and `ids` are given at each call.
 
     Example:
         >>> UELLoss()(torch.randn(4, 8), torch.randn(4, 8)).shape
@@ -180,8 +181,8 @@ class UELLoss(ContrastiveLoss):
         self._set_temperature(temperature)
         self.negative_weight = negative_weight
 
-    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        return type(self).function(z_i, z_j, **self.keywords())
+    def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
+        return type(self).function(z_i, z_j, **self.keywords(), **options)
 
 
 class ClipLoss(ContrastiveLoss):

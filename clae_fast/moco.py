@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import validation as check
+from .process_group import name_of, resolve
 
 
 class MemoryQueue(nn.Module):
@@ -15,13 +16,15 @@ class MemoryQueue(nn.Module):
     What a call returns is a copy that no later `enqueue` changes, so the order of `enqueue` and
     `backward` does not matter. Keys, ids and position are buffers: they move and are saved with the
     module, and two runs from one checkpoint see one queue. Until the queue is full, a call returns
-    only what has been put in.
+    only what has been put in: from an empty one the first step's loss is 0, and has no gradient.
+    MoCo starts with random rows: `random=True`.
 
     Args:
         size: how many keys it holds.
         dim: their width D.
         ids: keep an id (int64) beside each key, for `key_ids`.
-        dtype, device: of the keys.
+        random: start full, with `fill_random()`.
+        dtype, device: of the keys. Another dtype than the queries' is fine (`info_nce_loss`).
 
     Raises:
         TypeError, ValueError: for a size or dim that is no positive int; from `enqueue`, for keys
@@ -48,6 +51,7 @@ class MemoryQueue(nn.Module):
         dim: int,
         *,
         ids: bool = False,
+        random: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -55,6 +59,7 @@ class MemoryQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             check.positive_int(name, value)
         check.flag("ids", ids)
+        check.flag("random", random)
         if dtype not in check.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         self.register_buffer("keys", torch.zeros(size, dim, dtype=dtype, device=device))
@@ -63,6 +68,26 @@ class MemoryQueue(nn.Module):
         # Where the next key goes, how many there are: numbers, as a tensor on a GPU would have to
         # be waited for, but in the checkpoint.
         self._next = self._filled = 0
+        if random:
+            self.fill_random()
+
+    @torch.no_grad()
+    def fill_random(self, generator: torch.Generator | None = None) -> "MemoryQueue":
+        """Fill it with random unit rows, as MoCo starts; returns the queue.
+
+        Their ids are -1, -2, ... (no id of a sample should be). With several processes give each
+        the same seed, as queues must be equal on all ranks.
+
+        Args:
+            generator: of the queue's device; None: PyTorch's own.
+        """
+        device = self.keys.device
+        rows = torch.randn(self.keys.shape, generator=generator, dtype=torch.float32, device=device)
+        self.keys.copy_(nn.functional.normalize(rows))
+        if self.ids is not None:
+            self.ids.copy_(-1 - torch.arange(len(self.ids), device=self.ids.device))
+        self._next, self._filled = 0, len(self.keys)
+        return self
 
     def get_extra_state(self) -> dict[str, int]:
         return {"next": self._next, "filled": self._filled}
@@ -95,15 +120,15 @@ class MemoryQueue(nn.Module):
         keys: Tensor,
         ids: Tensor | None = None,
         *,
-        group: dist.ProcessGroup | None = None,
+        group: Any = None,
     ) -> None:
         """Put keys in, in their order; of more than fit the last ones stay.
 
         Args:
             keys: (B, D) in any float dtype; B may differ from call to call and between processes.
             ids: (B,) integers, exactly where the queue keeps ids.
-            group: a process group: the keys of all its processes are put in, in the order of their
-                ranks, so that equal queues stay equal.
+            group: "world" or a ProcessGroup, as the losses take it: the keys of all its processes
+                are put in, in the order of their ranks, so that equal queues stay equal.
         """
         check.float_tensor("keys", keys)
         size, dim = self.keys.shape
@@ -117,9 +142,9 @@ class MemoryQueue(nn.Module):
         if ids is not None and self.ids is not None:
             check.integers("ids", ids, len(keys))
             ids = ids.to(self.ids)
-        if group is not None:
-            keys = _gathered(keys, group)
-            ids = None if ids is None else _gathered(ids, group)
+        if name := name_of(group):
+            keys = _gathered(keys, resolve(name))
+            ids = None if ids is None else _gathered(ids, resolve(name))
         self._put(keys, ids)
 
     def _put(self, keys: Tensor, ids: Tensor | None) -> None:
@@ -158,7 +183,7 @@ def momentum_update(encoder: nn.Module, key_encoder: nn.Module, m: float = 0.999
     """Move the key encoder slowly: `p_key = m p_key + (1 - m) p`; buffers are copied.
 
     Args:
-        encoder: the one that learns; wrapped in DistributedDataParallel or not.
+        encoder: the one that learns; wrapped in DistributedDataParallel or torch.compile or not.
         key_encoder: a copy of it, changed in place. `copy.deepcopy(encoder)` makes one.
         m: in [0, 1]; 0 copies, 1 leaves the parameters alone.
 
@@ -190,10 +215,13 @@ def momentum_update(encoder: nn.Module, key_encoder: nn.Module, m: float = 0.999
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel and the like."""
-    inner = getattr(module, "module", None)
+    """Without DistributedDataParallel, torch.compile and the like, in any order."""
     wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return inner if isinstance(module, wrapped) and isinstance(inner, nn.Module) else module
+    while True:
+        inner = getattr(module, "module" if isinstance(module, wrapped) else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def _matching(

@@ -17,6 +17,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def promoted(*tensors: Tensor) -> list[Tensor]:
+    """All in the widest dtype among them; as they are where it is one. Gradients come back in
+    each one's own."""
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
+    return [x.to(dtype) for x in tensors]
+
+
 def full_precision(
     fn: Callable[Concatenate[Tensor, P], R],
 ) -> Callable[Concatenate[Tensor, P], R]:
@@ -24,7 +31,8 @@ def full_precision(
 
     @functools.wraps(fn)
     def run(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_autocast_enabled(x.device.type):
+        # The meta device computes nothing, and autocast does not know it.
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return fn(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return fn(x, *args, **kwargs)

@@ -23,14 +23,21 @@ def float_tensor(name: str, x: Any) -> None:
 
 
 def embeddings(
-    first: str, x: Any, second: str, y: Any, same_rows: bool = True, empty: bool = False
+    first: str,
+    x: Any,
+    second: str,
+    y: Any,
+    same_rows: bool = True,
+    empty: bool = False,
+    any_float: bool = False,
 ) -> None:
     """Two float matrices of one width, dtype and device; `same_rows`: of one shape; not empty.
 
-    `empty`: they may have no rows, as a rank's share of a batch may.
+    `empty`: they may have no rows, as a rank's share of a batch may. `any_float`: the second may
+    be of another float dtype, as a queue is beside a half-precision encoder.
     """
     matrix(first, x, empty)
-    same_kind(first, x, second, y)
+    same_kind(first, x, second, y, any_float)
     if y.dim() != 2 or (y.shape != x.shape if same_rows else y.shape[1] != x.shape[1]):
         expected = tuple(x.shape) if same_rows else f"(M, {x.shape[1]})"
         raise ValueError(f"{second} must be {expected} as {first} is, got {tuple(y.shape)}")
@@ -45,10 +52,10 @@ def matrix(name: str, x: Any, empty: bool = False) -> None:
         raise ValueError(f"{name} must hold at least one row and column, got {tuple(x.shape)}")
 
 
-def same_kind(first: str, x: Tensor, second: str, y: Any) -> None:
+def same_kind(first: str, x: Tensor, second: str, y: Any, any_float: bool = False) -> None:
     """`y` is a float tensor of x's dtype and device."""
     float_tensor(second, y)
-    if y.dtype != x.dtype:
+    if y.dtype != x.dtype and not any_float:
         raise ValueError(f"{second} must be {x.dtype} as {first} is, got {y.dtype}")
     if y.device != x.device:
         raise ValueError(f"{second} must be on {x.device} as {first} is, got {y.device}")

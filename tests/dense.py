@@ -35,13 +35,15 @@ def clip(x: Tensor, y: Tensor, t, normalize: bool = False) -> Tensor:
     return torch.stack(tuple(rows), 1)
 
 
-def uel(z_i: Tensor, z_j: Tensor, t, m: float = 1.0, normalize: bool = True) -> Tensor:
+def uel(z_i, z_j, t, m: float = 1.0, normalize: bool = True, ids=None) -> Tensor:
     z = unit(torch.cat((z_i, z_j)), normalize)
     n = len(z)
     twin = torch.arange(n).roll(n // 2)
     e = (z @ z.detach().T * t).exp()
     negative = ~torch.eye(n, dtype=torch.bool)
     negative[torch.arange(n), twin] = False
+    if ids is not None:
+        negative &= ids.repeat(2)[:, None] != ids.repeat(2)
     positive = e[torch.arange(n), twin]
     total = positive + m * (e * negative).sum(1)
     p = e / total[:, None]

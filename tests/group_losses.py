@@ -217,6 +217,8 @@ def family(name, inputs, given, scale, bias, **options):
     if kind == "sup_con":
         features = torch.stack((q, k), 1)
         return sup_con_loss(features, given["labels"], temperature=scale, **told, **options)
+    if kind == "uel":
+        return uel_loss(q, k, temperature=scale, **told, **options)
     if kind == "dcl":
         return dcl_loss(q, k, temperature=scale, **told, **options)
     if kind == "dclw":
@@ -245,9 +247,9 @@ FAMILY = (
     "hard+ids", "debiased", "siglip", "siglip+positive_ids", "siglip+sample_weight",
     "nt_xent+ids", "nt_xent+sample_weight", "nt_xent+smoothing", "nt_xent+extra_negatives",
     "plain+ids", "plain+smoothing", "plain+targets", "plain+extra_negatives", "clip+ids",
-    "clip+sample_weight", "clip+targets", "clip+smoothing",
+    "clip+sample_weight", "clip+targets", "clip+smoothing", "uel+sample_weight",
 )  # fmt: skip
-STACKED = ("nt_xent", "dcl", "dclw", "hard", "debiased")  # rows of z_i, then of z_j
+STACKED = ("nt_xent", "dcl", "dclw", "hard", "debiased", "uel")  # rows of z_i, then of z_j
 
 
 def family_batch(name, sizes, dtype):

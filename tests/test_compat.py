@@ -192,6 +192,18 @@ class OtherTruth(our_open_clip.SigLipLoss):
         raise AssertionError
 
 
+class OtherLoss(our_pml.NTXentLoss):
+    def _compute_loss(self, *args):
+        raise AssertionError
+
+
+def needed(module, name):
+    try:
+        getattr(module, name)
+    except AttributeError as error:
+        raise ValueError(str(error)) from error
+
+
 X = torch.ones(3, 2)
 REFUSED = {
     "use_horovod=True": lambda: our_open_clip.ClipLoss(use_horovod=True),
@@ -199,7 +211,29 @@ REFUSED = {
     "OtherTruth.get_ground_truth": lambda: OtherTruth()(X, X, 1.0, 0.0),
     "dist_impl": lambda: our_open_clip.SigLipLoss(dist_impl="mesh"),
     "logit_scale": lambda: our_open_clip.ClipLoss()(X, X, -1.0),
-    "image_features": lambda: our_open_clip.ClipLoss()(X, X.double(), 1.0),
+    "image_features": lambda: our_open_clip.ClipLoss()(X.int(), X, 1.0),
+    "OtherLoss._compute_loss": lambda: OtherLoss()(X, IDS[:3]),
+    "OtherLoss._compute_loss=": lambda: our_pml.SelfSupervisedLoss(OtherLoss())(X, X),
+    "has no option weight=3; it has distance": lambda: our_pml.SupConLoss(weight=3),
+    "NTXentLoss of clae_fast.compat has no compute_loss": lambda: needed(
+        our_pml.NTXentLoss(), "compute_loss"
+    ),
+    "labels must be a torch.Tensor, got list": lambda: our_pml.SupConLoss()(X, [0, 0, 1]),
+    "labels must be a torch.Tensor, got ndarray": lambda: our_pml.NTXentLoss()(X, IDS[:3].numpy()),
+    "labels must be a torch.Tensor, got tuple": lambda: supcontrast.SupConLoss()(X[:, None], (0,)),
+    "mask must be a torch.Tensor, got list": lambda: supcontrast.SupConLoss()(X[:, None], mask=[]),
+    "indexes must be a torch.Tensor, got list": lambda: solo.simclr_loss_func(X, [0, 0, 1]),
+    "queue must be a torch.Tensor, got list": lambda: solo.mocov2plus_loss_func(X, X, [X]),
+    "base_temperature must not be 0": lambda: supcontrast.SupConLoss(base_temperature=0),
+    "temperature must not be 0": lambda: our_lightly.DCLLoss(0.0),
+    "temperature must be positive and finite, got 0": lambda: our_pml.NTXentLoss(0),
+    "temperature must be positive and finite, got 0.0": lambda: supcontrast.SupConLoss(0.0),
+    r"memory_bank_size must be \(num_features, 2\)": lambda: our_lightly.NTXentLoss(0.1, (4, 3))(
+        X.clone().requires_grad_(), X
+    ),
+    "temperature must have one": lambda: our_pml.SupConLoss(torch.ones(3)),
+    "scale must have one element": lambda: our_st.MultipleNegativesRankingLoss(None, X),
+    "labels must have values": lambda: our_pml.NTXentLoss()(X.to("meta"), IDS[:3].to("meta")),
     "temperature must be positive with a memory bank": lambda: our_lightly.NTXentLoss(-1.0, (4, 2))(
         X, X
     ),
@@ -337,8 +371,10 @@ def examples():
     text = MIGRATE.read_text()
     for section in text.split("\n## ")[1:]:
         name = section.partition("\n")[0]
+        if "```diff" not in section:
+            continue
         (imports,) = re.findall(r"```diff\n(.*?)```", section, re.S)
-        (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+        code = re.findall(r"```python\n(.*?)```", section, re.S)[0]
         yield pytest.param(name, imports.splitlines(), code, id=name)
 
 
@@ -353,12 +389,42 @@ PEERS_OF_DOCS = (info_nce, lightly, open_clip, PML, ST, solo, supcontrast)
 @pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
 def test_migrate(name, imports, code):
     """One changed import, one loss: the two not on PyPI run after it only."""
+    losses = []
+    for sign in "+" if name in ("solo-learn", "SupContrast") else "+-":
+        lines = [line[1:] for line in imports if line[0] == sign]
+        losses.append(run_example("\n".join([*lines, code])))
+    assert losses[0].isfinite()
+    torch.testing.assert_close(losses[0], losses[-1], rtol=1e-5, atol=1e-6)
+
+
+def further_examples():
+    """What each section goes on to show of the losses of clae_fast."""
+    for section in MIGRATE.read_text().split("\n## ")[1:]:
+        code = re.findall(r"```python\n(.*?)```", section, re.S)["```diff" in section :]
+        if code:
+            yield pytest.param("\n".join(code), id=section.partition("\n")[0])
+
+
+@pytest.mark.parametrize("code", list(further_examples()))
+def test_migrate_further(code):
+    assert run_example(code).isfinite()
+
+
+def test_there_are_further_examples():
+    assert [p.id for p in further_examples()] == [
+        "open_clip", "sentence-transformers", "MoCo by hand"
+    ]  # fmt: skip
+
+
+def run_example(code):
+    """The loss that it makes of the inputs that the text speaks of."""
     torch.manual_seed(0)
     rows = {
         key: torch.randn(8, 6)
         for key in ("out0", "out1", "images", "texts", "embeddings", "query", "key", "negatives")
     }
     names = {
+        "torch": torch,
         **rows,
         "labels": torch.tensor([0, 0, 1, 1, 2, 2, 0, 1]),
         "features": torch.randn(4, 2, 6),
@@ -368,11 +434,5 @@ def test_migrate(name, imports, code):
         "model": Table(),
         "sentence_features": [{"input_ids": torch.randint(0, 20, (5, 1))} for _ in range(3)],
     }
-    losses = []
-    for sign in "+" if name in ("solo-learn", "SupContrast") else "+-":
-        lines = [line[1:] for line in imports if line[0] == sign]
-        found = dict(names)
-        exec("\n".join([*lines, code]), found)
-        losses.append(found["loss"])
-    assert losses[0].isfinite()
-    torch.testing.assert_close(losses[0], losses[-1], rtol=1e-5, atol=1e-6)
+    exec(code, names)
+    return names["loss"]

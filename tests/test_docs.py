@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -61,3 +62,17 @@ def test_readme_names_exist():
         assert hasattr(clae_fast, name), name
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), path
+
+
+def test_readme_table_of_options():
+    """Who takes what, by the signatures."""
+    text = (ROOT / "README.md").read_text()
+    found = dict(re.findall(r"^\| `(\w+_loss)` \| ((?:yes|no)\b.*) \|$", text, re.M))
+    losses = {name for name in clae_fast.__all__ if name.endswith("_loss")}
+    assert found.keys() == losses
+    columns = ("ids", "sample_weight", "label_smoothing", "targets", "extra_negatives")
+    assert f"| loss | ids | {' | '.join(f'`{c}`' for c in columns[1:])} |" in text
+    for name, row in found.items():
+        known = inspect.signature(getattr(clae_fast, name)).parameters
+        has = [c in known or (c == "ids" and "query_ids" in known) for c in columns]
+        assert [cell.startswith("yes") for cell in row.split(" | ")] == has, name

@@ -1,5 +1,6 @@
 """Sample weights, label smoothing, soft targets, ids and extra negatives, against float64."""
 
+import dense
 import dense_family as family
 import pytest
 import torch
@@ -461,7 +462,7 @@ def test_value_and_grad_and_modules():
         ({"query_ids": torch.zeros(9).long()}, ValueError, "key_ids must be given where query_ids"),
         ({"query_ids": torch.zeros(9), "key_ids": torch.zeros(9)}, TypeError, "integer type"),
         ({"extra_negatives": torch.zeros(2, 5).double()}, ValueError, r"extra_negatives must be"),
-        ({"extra_negatives": torch.zeros(2, 6)}, ValueError, "extra_negatives must be torch.f"),
+        ({"extra_negatives": torch.zeros(2, 6).int()}, TypeError, "extra_negatives must be fl"),
         ({"extra_ids": torch.zeros(2).long()}, ValueError, "extra_ids needs extra_negatives"),
         ({"targets": torch.zeros(9, 8)}, ValueError, r"targets must be \(9, 9\), got \(9, 8\)"),
         ({"targets": torch.zeros(9, 9).long()}, TypeError, "targets must be a float tensor"),
@@ -479,3 +480,36 @@ def test_wrong_options(options, kind, words):
     if "ids" not in str(options) and "negative_keys" not in options and "targets" not in options:
         with pytest.raises(kind, match=words):
             cf.nt_xent_loss(x, y, **options)
+
+
+@pytest.mark.parametrize("backend", backends_with("pair_uel"))
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("given", [("ids",), ("sample_weight",), ("ids", "sample_weight")])
+def test_uel(given, reduction, backend):
+    """Rows of equal ids are told from each other no more; weights of the pairs."""
+    options = {"ids": torch.tensor([3, 3, 1, 4, 4, 4, 0, 1, 9]), "sample_weight": torch.rand(B)}
+    options = {name: options[name] for name in given}
+    leaves = [torch.randn(B, D).requires_grad_() for _ in range(2)]
+    t = torch.tensor(0.3).requires_grad_()
+    loss = cf.uel_loss(*leaves, temperature=t, reduction=reduction, backend=backend, **options)
+    exact = [x.detach().double().requires_grad_() for x in (*leaves, t)]
+    expected = dense.uel(*exact[:2], 1 / exact[2], ids=options.get("ids"))
+    w = options.get("sample_weight", torch.ones(B)).double().repeat(2)
+    expected = expected * w
+    if reduction != "none":
+        expected = expected.sum() / (w.sum() if reduction == "mean" else 1)
+    up = upstream_for(expected)
+    (loss * up).sum().backward()
+    (expected * up).sum().backward()
+    assert error(loss, expected) < 2e-6
+    for leaf, reference in zip((*leaves, t), exact, strict=True):
+        assert error(leaf.grad, reference.grad) < 5e-6
+
+
+@pytest.mark.parametrize("loss", [cf.nt_xent_loss, cf.uel_loss, cf.dcl_loss, cf.info_nce_loss])
+def test_weights_that_sum_to_nothing(loss):
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    value = loss(x, y, sample_weight=torch.zeros(4))
+    value.backward()
+    assert value == 0
+    assert (x.grad == 0).all()

@@ -1,16 +1,13 @@
 """MoCo's queue and key encoder: order, wrap-around, what is handed out, several processes."""
 
 import copy
-import gc
 import io
-import os
 
 import dense
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from dense import error
+from group_losses import subgroup
 from torch import nn
 
 from clae_fast import MemoryQueue, info_nce_loss, momentum_update
@@ -108,30 +105,63 @@ def test_checkpoint():
     assert "5, 3, ids=True" in repr(queue)
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    queue = MemoryQueue(7, 2, ids=True)
-    for step, (a, b) in enumerate(((2, 3), (0, 1), (4, 2), (1, 0))):
-        n = (a, b)[rank]
+BATCHES = ((2, 3, 0, 1), (0, 1, 0, 0), (4, 2, 1, 3), (1, 0, 2, 0))
+
+
+def put_in(rank, kind, ranks, dtype):
+    """Batches of different lengths, none at all on some ranks; None outside the group."""
+    group = subgroup(ranks) if kind == "process group" else kind
+    if rank >= ranks:
+        return None
+    queue = MemoryQueue(7, 2, ids=True, dtype=dtype)
+    for step, lengths in enumerate(BATCHES):
+        n = lengths[rank]
         keys = torch.full((n, 2), 10.0 * step + rank) + torch.arange(n)[:, None] / 8
-        queue.enqueue(keys, torch.full((n,), rank), group=dist.group.WORLD)
-    torch.save([queue(), queue.key_ids()], f"{folder}/{rank}.pt")
-    dist.barrier()
-    gc.collect()
-    dist.destroy_process_group()
-    os._exit(0)
+        queue.enqueue(keys, torch.full((n,), rank), group=group)
+    return queue(), queue.key_ids()
 
 
-def test_equal_on_all_ranks(tmp_path):
-    """Batches of different lengths, none at all on one of them."""
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
-    (a, ids), (b, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(a, b)
-    assert torch.equal(ids, other)
-    expected = [20, 20.125, 20.25, 20.375, 21, 21.125, 30]
-    assert a[:, 0].tolist() == expected
-    assert ids.tolist() == [0, 0, 0, 0, 1, 1, 0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("world", 4), ("process group", 4), ("process group", 2)]
+)
+def test_equal_on_all_ranks(four, kind, ranks, dtype):
+    answers = four.run(put_in, kind, ranks, dtype)[:ranks]
+    expected, numbers = [], []
+    for step, lengths in enumerate(BATCHES):
+        for rank, n in enumerate(lengths[:ranks]):
+            expected += [10.0 * step + rank + i / 8 for i in range(n)]
+            numbers += [rank] * n
+    for keys, ids in answers:
+        assert torch.equal(keys[:, 0], torch.tensor(expected[-7:], dtype=dtype))
+        assert ids.tolist() == numbers[-7:]
+
+
+def test_random_to_start_with():
+    """As MoCo: full of unit rows, of no one's id, so that the first step has a loss."""
+    queue = MemoryQueue(8, 6, ids=True, random=True)
+    torch.testing.assert_close(queue().norm(dim=1), torch.ones(8))
+    assert len(queue) == 8
+    assert (queue.key_ids() < 0).all()
+    q, k = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6)
+    loss = info_nce_loss(q, k, queue(), query_ids=torch.arange(3), key_ids=queue.key_ids())
+    loss.backward()
+    assert loss > 0
+    assert q.grad.abs().sum() > 0
+    queue.enqueue(k, torch.arange(3))
+    assert torch.equal(queue()[-3:], k)
+    assert len(queue) == 8
+    same = [MemoryQueue(8, 6).fill_random(torch.Generator().manual_seed(3))() for _ in range(2)]
+    assert torch.equal(*same)
+
+
+def test_momentum_update_of_what_is_wrapped():
+    encoder = nn.Linear(4, 2)
+    for wrap in (torch.compile, nn.DataParallel, lambda x: torch.compile(nn.DataParallel(x))):
+        key = copy.deepcopy(encoder)
+        nn.init.zeros_(key.weight)
+        momentum_update(wrap(encoder), wrap(key), 0)
+        assert torch.equal(key.weight, encoder.weight)
 
 
 def test_momentum_update():
@@ -171,6 +201,8 @@ def test_momentum_update():
         (lambda q, e: q.enqueue(torch.randn(2, 4)), ValueError, r"keys must be \(B, 3\)"),
         (lambda q, e: q.enqueue(torch.ones(2, 3).int()), TypeError, "keys must be float16"),
         (lambda q, e: q.enqueue(torch.ones(2, 3), torch.ones(2).int()), ValueError, "no ids"),
+        (lambda q, e: q.enqueue(torch.ones(2, 3), group=4), TypeError, "group must be None"),
+        (lambda q, e: q.enqueue(torch.ones(2, 3), group="world"), RuntimeError, "group needs"),
         (lambda q, e: q.key_ids(), ValueError, "ids=True"),
         (lambda q, e: MemoryQueue(2, 3, ids=True).enqueue(torch.ones(2, 3)), ValueError, "None"),
         (lambda q, e: MemoryQueue(2, 3, ids=True).enqueue(torch.ones(2, 3), torch.ones(3).int()),

@@ -100,10 +100,18 @@ def test_temperature(name, temperature, error, says):
             "negative_keys must be None",
         ),
         (lambda: cf.info_nce_loss(q, k, z[:, :2]), ValueError, r"negative_keys must be \(M, 3\)"),
+        (lambda: cf.info_nce_loss(q, k, z.int()), TypeError, "negative_keys must be float16"),
         (
-            lambda: cf.info_nce_loss(q, k, z.half()),
+            lambda: cf.info_nce_loss(q, k.half(), z),
             ValueError,
-            "negative_keys must be torch.float32",
+            "positive_key must be torch.float32",
+        ),
+        (lambda: cf.sup_con_loss([q], z), TypeError, "features must be a torch.Tensor, got list"),
+        (lambda: cf.sup_con_loss(q, [0, 1]), TypeError, "labels must be a torch.Tensor, got list"),
+        (
+            lambda: cf.uel_loss(z, z, ids=torch.arange(len(z)), group="world"),
+            NotImplementedError,
+            "ids of uel_loss are not served together with a group",
         ),
         (lambda: cf.info_nce_loss(q, k, [z]), TypeError, "negative_keys must be a torch.Tensor"),
         (

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .. import validation as check
+from ._rows import one_dtype
 
 __all__ = ["InfoNCE", "info_nce"]
 
@@ -53,6 +54,7 @@ def info_nce(
 ) -> Tensor:
     """`InfoNCE` as a function. Replaces `info_nce.info_nce`."""
     check.word("negative_mode", negative_mode, functional.NEGATIVE_MODES)
+    query, positive_key = one_dtype(query, positive_key)
     return functional.info_nce_loss(
         query,
         positive_key,

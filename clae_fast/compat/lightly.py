@@ -11,7 +11,7 @@ from .. import functional
 from .. import validation as check
 from ..numerics import Unit, cosine, full_precision
 from ._gather import all_rows, gather, world
-from ._rows import cross_entropy, row_lse, rows_of
+from ._rows import cross_entropy, one_dtype, row_lse, rows_of
 
 __all__ = ["DCLLoss", "DCLWLoss", "NTXentLoss", "negative_mises_fisher_weights"]
 
@@ -77,6 +77,7 @@ class NTXentLoss(nn.Module):
         self.gather_distributed = gather_distributed
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        out0, out1 = one_dtype(out0, out1)
         check.embeddings("out0", out0, "out1", out1)
         if self.memory_bank.size[0] > 0:
             return self._with_bank(out0, out1)
@@ -90,6 +91,11 @@ class NTXentLoss(nn.Module):
                 f"temperature must be positive with a memory bank, got {self.temperature}"
             )
         memory = self.memory_bank
+        if memory.size[1:] != out0.shape[1:]:
+            raise ValueError(
+                f"memory_bank_size must be (num_features, {out0.shape[1]}) as out0 has columns, "
+                f"got {tuple(memory.size)}"
+            )
         negatives = memory.bank.to(out0.device, copy=True)
         dtype = torch.promote_types(out0.dtype, negatives.dtype)
         q, k = (rows_of(x, True).z for x in (out0, out1))
@@ -142,12 +148,15 @@ class DCLLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        if temperature == 0:
+            raise ValueError(f"temperature must not be 0, got {temperature}")
         _check_gather(gather_distributed)
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        out0, out1 = one_dtype(out0, out1)
         check.embeddings("out0", out0, "out1", out1)
         if self.temperature > 0 and not (self.gather_distributed and world()[1] > 1):
             return functional.dcl_loss(

@@ -10,7 +10,7 @@ from .. import validation as check
 from ..numerics import as_given, compute_dtype, full_precision
 from ._gather import all_rows, gather
 from ._refuse import refuse
-from ._rows import cross_entropy, row_lse, sweeps
+from ._rows import cross_entropy, one_dtype, row_lse, sweeps
 
 __all__ = ["ClipLoss", "SigLipLoss"]
 
@@ -79,6 +79,7 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         _refuse_overrides(self, ClipLoss)
+        image_features, text_features = one_dtype(image_features, text_features)
         check.embeddings("image_features", image_features, "text_features", text_features)
         images, texts = self._everyone(image_features, text_features)
         if self.local_loss and self.world_size > 1:
@@ -193,6 +194,7 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         _refuse_overrides(self, SigLipLoss)
+        image_features, text_features = one_dtype(image_features, text_features)
         check.embeddings("image_features", image_features, "text_features", text_features)
         bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size == 1:

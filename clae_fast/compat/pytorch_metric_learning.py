@@ -4,7 +4,6 @@ Their denominators differ and stay so: NT-Xent's holds the one positive and the 
 all rows but the anchor.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -12,14 +11,27 @@ from torch import Tensor, nn
 
 from .. import functional
 from .. import validation as check
-from ..numerics import full_precision, log_sum_exp
+from ..numerics import log_sum_exp
 from ._groups import positive_pairs
+from ._pml_parts import THEIR_HOOKS, AvgNonZeroReducer, CosineSimilarity, MeanReducer, all_pairs
 from ._refuse import refuse
-from ._rows import Ids, cross_entropy, row_lse, rows_of, shared_ids
+from ._rows import (
+    Ids,
+    cross_entropy,
+    labels_tensor,
+    one_dtype,
+    row_lse,
+    rows_of,
+    scalar,
+    scalar_like,
+    shared_ids,
+)
 
 __all__ = ["NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
 
-SERVED = ("distance", "reducer", "collect_stats")
+OPTIONS = (
+    "distance", "reducer", "collect_stats", "embedding_regularizer", "embedding_reg_weight"
+)  # fmt: skip
 
 
 class Losses(NamedTuple):
@@ -37,7 +49,7 @@ class Problem(NamedTuple):
     v: Tensor  # (M, D)
     ids: Ids
     itself: Tensor | None  # the column that is row i itself; None: there is none
-    scale: float
+    scale: float | Tensor
 
     def lse(self, ids: Ids | None, skip: str = "none") -> Tensor:
         return row_lse(
@@ -55,18 +67,51 @@ class Problem(NamedTuple):
 class PairLoss(nn.Module):
     """What the two share: their call, their options and their reduction."""
 
-    def __init__(self, temperature: float, **kwargs: Any) -> None:
+    distance: Any
+    reducer: Any
+
+    def __init__(self, temperature: float | Tensor, **kwargs: Any) -> None:
         super().__init__()
-        check.positive_number("temperature", temperature)
+        scalar("temperature", temperature)
         for name, value in kwargs.items():
-            if value is not None and name not in SERVED:
-                refuse(name, value, ", ".join(SERVED))
+            if name not in OPTIONS:
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name}={value!r}; it has "
+                    f"{', '.join(OPTIONS)}"
+                )
+        if kwargs.get("embedding_regularizer") is not None:
+            refuse("embedding_regularizer", kwargs["embedding_regularizer"], "None")
         if kwargs.get("collect_stats"):
             refuse("collect_stats", kwargs["collect_stats"], "None and False")
         self.temperature = temperature
-        self.distance = kwargs.get("distance")
-        self.normalize = _normalizes(self.distance)
-        self.reducer: Callable[..., Any] | None = kwargs.get("reducer")
+        self.embedding_regularizer = None
+        self.embedding_reg_weight = kwargs.get("embedding_reg_weight", 1)  # of nothing
+        self.collect_stats = False
+        distance, reducer = kwargs.get("distance"), kwargs.get("reducer")
+        self.distance = self.get_default_distance() if distance is None else distance
+        _normalizes(self.distance)
+        self.reducer = self.get_default_reducer() if reducer is None else reducer
+
+    def get_default_distance(self) -> Any:
+        """What stands in for `distance=None`."""
+        return CosineSimilarity()
+
+    def get_default_reducer(self) -> Any:
+        """What stands in for `reducer=None`."""
+        return MeanReducer()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in THEIR_HOOKS:
+            raise AttributeError(
+                f"{type(self).__name__} of clae_fast.compat has no {name}: its loss is not made of "
+                "a matrix or a dictionary that it could be called on"
+            )
+        return super().__getattr__(name)
+
+    @property
+    def normalize(self) -> bool:
+        """Whether rows are put on the sphere, as `distance` says."""
+        return _normalizes(self.distance)
 
     def forward(
         self,
@@ -76,7 +121,13 @@ class PairLoss(nn.Module):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
+        _refuse_overrides(self)
+        if ref_emb is not None:
+            embeddings, ref_emb = one_dtype(embeddings, ref_emb)
         check.matrix("embeddings", embeddings)
+        for name, value in (("labels", labels), ("ref_labels", ref_labels)):
+            if value is not None:
+                labels_tensor(name, value)
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple are both None: one must say who belongs")
         labels = None if labels is None else labels.to(embeddings.device)
@@ -98,10 +149,14 @@ class PairLoss(nn.Module):
 
     def pairs(self, embeddings: Tensor, ref_emb: Tensor, symmetric: bool) -> Tensor:
         """Row i of one belongs to row i of the other and to no other row."""
+        _refuse_overrides(self)
+        embeddings, ref_emb = one_dtype(embeddings, ref_emb)
         check.embeddings("embeddings", embeddings, "ref_emb", ref_emb)
         options: dict[str, Any] = {
-            "temperature": self.temperature, "normalize": self.normalize, "reduction": "none",
-        }  # fmt: skip
+            "temperature": scalar_like(self.temperature, embeddings),
+            "normalize": self.normalize,
+            "reduction": "none",
+        }
         B, device = len(embeddings), embeddings.device
         place = torch.arange(B, device=device)
         if symmetric:
@@ -123,7 +178,8 @@ class PairLoss(nn.Module):
         if one and len(u) != len(v):
             raise ValueError(f"ref_labels are needed: ref_emb has {len(v)} rows, labels {len(u)}")
         itself = torch.arange(len(u), device=u.device) if one else None
-        problem = Problem(u, v, shared_ids(labels, ref_labels), itself, 1 / self.temperature)
+        t = scalar_like(self.temperature, u)
+        problem = Problem(u, v, shared_ids(labels, ref_labels), itself, 1 / t)
         positives, negatives = (int(x.sum()) for x in problem.counts())
         if not self._enough(positives, negatives):
             return None
@@ -141,7 +197,7 @@ class PairLoss(nn.Module):
         if not self._enough(len(anchor), len(other)):
             return None
         u, v = (rows_of(x, self.normalize).z for x in (embeddings, ref_emb))
-        s = all_pairs(u, v) / self.temperature
+        s = all_pairs(u, v) / scalar_like(self.temperature, u)
         return self._listed(s, anchor, positive, other, negative)
 
     def _reduce(self, found: Losses | None, embeddings: Tensor, labels: Any) -> Tensor:
@@ -151,10 +207,8 @@ class PairLoss(nn.Module):
             }  # fmt: skip
         else:
             told = found._asdict()
-        if self.reducer is not None:
-            out: Tensor = self.reducer({"loss": told}, embeddings, labels)
-            return out
-        return (embeddings * 0).sum() if found is None else self._mean(found.losses)
+        out: Tensor = self.reducer({"loss": told}, embeddings, labels)
+        return out
 
     def _enough(self, positives: int, negatives: int) -> bool:
         raise NotImplementedError
@@ -168,17 +222,17 @@ class PairLoss(nn.Module):
     def _one_each(self, losses: Tensor, indices: tuple[Tensor, Tensor]) -> Losses:
         raise NotImplementedError
 
-    def _mean(self, losses: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class NTXentLoss(PairLoss):
     """Each positive pair against the negatives of its anchor; other positives do not count.
 
     Replaces `pytorch_metric_learning.losses.NTXentLoss`: (N, D), labels (N,), reducers of theirs.
     `indices_tuple` works in plain PyTorch with an N x M matrix. Theirs stops at -log of the
-    smallest number (87.3 in float32) with no gradient, this does not. Not served: distances but
-    CosineSimilarity and DotProductSimilarity, `embedding_regularizer`, `collect_stats=True`.
+    smallest number (87.3 in float32) with no gradient, this does not. The temperature may be a
+    one-element tensor that learns; `get_default_distance` and `get_default_reducer` may be
+    overridden. Not served: distances but CosineSimilarity and DotProductSimilarity,
+    `embedding_regularizer`, `collect_stats=True`, subclasses that override `compute_loss`,
+    `_compute_loss` or another such method but not `forward`.
 
     Example:
         >>> from clae_fast.compat.pytorch_metric_learning import NTXentLoss
@@ -186,7 +240,7 @@ class NTXentLoss(PairLoss):
         torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.07, **kwargs: Any) -> None:
+    def __init__(self, temperature: float | Tensor = 0.07, **kwargs: Any) -> None:
         super().__init__(temperature, **kwargs)
 
     def _enough(self, positives: int, negatives: int) -> bool:
@@ -213,9 +267,6 @@ class NTXentLoss(PairLoss):
     def _one_each(self, losses: Tensor, indices: tuple[Tensor, Tensor]) -> Losses:
         return Losses(losses, indices, "pos_pair")
 
-    def _mean(self, losses: Tensor) -> Tensor:
-        return losses.mean()
-
 
 class SupConLoss(PairLoss):
     """The mean over an anchor's positives, against all rows but itself.
@@ -229,8 +280,11 @@ class SupConLoss(PairLoss):
         torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, temperature: float | Tensor = 0.1, **kwargs: Any) -> None:
         super().__init__(temperature, **kwargs)
+
+    def get_default_reducer(self) -> Any:
+        return AvgNonZeroReducer()
 
     def _enough(self, positives: int, negatives: int) -> bool:
         return positives > 0 and negatives > 0 and max(positives, negatives) > 1
@@ -264,10 +318,6 @@ class SupConLoss(PairLoss):
     def _rows(self, losses: Tensor) -> Losses:
         return Losses(losses, torch.arange(len(losses), device=losses.device), "element")
 
-    def _mean(self, losses: Tensor) -> Tensor:
-        there = ~(losses <= 0)  # a NaN is there
-        return torch.where(there, losses, 0.0).sum() / there.sum().clamp_min(1)
-
 
 def positive_mean(problem: Problem) -> Tensor:
     """The mean of a row's positives (N, D), by the sums of classes; 0 where it has none."""
@@ -276,11 +326,6 @@ def positive_mean(problem: Problem) -> Tensor:
     sums = problem.v.new_zeros((number, problem.v.shape[1])).index_add(0, columns, problem.v)
     mine = sums[rows] if problem.itself is None else sums[rows] - problem.v[problem.itself]
     return mine / problem.counts()[0].clamp_min(1)[:, None]
-
-
-@full_precision
-def all_pairs(u: Tensor, v: Tensor) -> Tensor:
-    return u @ v.T
 
 
 class SelfSupervisedLoss(nn.Module):
@@ -303,8 +348,19 @@ class SelfSupervisedLoss(nn.Module):
         self.loss = loss
         self.symmetric = symmetric
 
+    @staticmethod
+    def supported_losses() -> list[str]:
+        return ["NTXentLoss", "SupConLoss"]
+
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
-        return self.loss.pairs(embeddings, ref_emb, self.symmetric)
+        if type(self.loss).forward is PairLoss.forward:
+            return self.loss.pairs(embeddings, ref_emb, self.symmetric)
+        labels = torch.arange(len(embeddings), device=embeddings.device)  # a subclass's own forward
+        if self.symmetric:
+            out: Tensor = self.loss(torch.cat([embeddings, ref_emb]), labels.repeat(2))
+        else:
+            out = self.loss(embeddings, labels, ref_emb=ref_emb, ref_labels=labels.clone())
+        return out
 
 
 def _check_labels(name: str, labels: Tensor | None, rows: Tensor) -> None:
@@ -314,8 +370,6 @@ def _check_labels(name: str, labels: Tensor | None, rows: Tensor) -> None:
 
 def _normalizes(distance: Any) -> bool:
     """Whether the distance's rows are on the sphere, for the two similarities that are served."""
-    if distance is None:
-        return True
     known = type(distance).__name__ in ("CosineSimilarity", "DotProductSimilarity")
     if not known or (distance.p, distance.power) != (2, 1):
         _refuse_distance(distance)
@@ -325,3 +379,10 @@ def _normalizes(distance: Any) -> bool:
 def _refuse_distance(distance: Any) -> NoReturn:
     served = "CosineSimilarity and DotProductSimilarity, both with p=2 and power=1"
     refuse("distance", distance, served)
+
+
+def _refuse_overrides(loss: PairLoss) -> None:
+    """`forward` would not see what a subclass says there."""
+    for name in THEIR_HOOKS:
+        if hasattr(type(loss), name) or name in vars(loss):
+            refuse(f"{type(loss).__name__}.{name}", "overridden", "a subclass with a forward")

@@ -12,7 +12,7 @@ from .. import validation as check
 from ..numerics import cosine, full_precision, log_sum_exp, softplus
 from ._gather import gather, world
 from ._refuse import refuse
-from ._rows import row_lse, rows_of
+from ._rows import one_dtype, row_lse, rows_of, scalar, scalar_like
 
 __all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score"]
 
@@ -38,7 +38,8 @@ class MultipleNegativesRankingLoss(nn.Module):
     Replaces `sentence_transformers.losses.MultipleNegativesRankingLoss`, all directions, partitions
     and hardness modes, `gather_across_devices` included; `compute_loss_from_embeddings` takes
     [queries, positives, negatives...], each (B, D). Not served: a `similarity_fct` other than
-    `cos_sim` and `dot_score` (theirs or ours). Columns are encoded one by one, as theirs did
+    `cos_sim` and `dot_score` (theirs or ours). `scale` may be a one-element tensor or a Parameter,
+    which learns. Columns are encoded one by one, as theirs did
     before it merged like-shaped ones.
 
     Example:
@@ -51,7 +52,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        scale: float = 20.0,
+        scale: float | Tensor = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
         directions: tuple[str, ...] = ("query_to_doc",),
@@ -60,7 +61,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         hardness_strength: float = 0.0,
     ) -> None:
         super().__init__()
-        check.positive_number("scale", scale)
+        scalar("scale", scale)
         _check_similarity(similarity_fct)
         for direction in directions:
             check.word("directions", direction, DIRECTIONS)
@@ -95,10 +96,11 @@ class MultipleNegativesRankingLoss(nn.Module):
         """The loss of [queries, positives, negatives...], each (B, D); labels are not used."""
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold queries and documents, got {len(embeddings)}")
+        embeddings = one_dtype(*embeddings)
         for i, column in enumerate(embeddings[1:], 1):
             check.embeddings("embeddings[0]", embeddings[0], f"embeddings[{i}]", column)
         rank, processes = world() if self.gather_across_devices else (0, 1)
-        options = self._options()
+        options = self._options(embeddings[0])
         if processes == 1 and options.is_info_nce(len(embeddings)):
             return functional.info_nce_loss(
                 embeddings[0],
@@ -111,7 +113,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         return _ranking(embeddings[0], embeddings[1:], rank, processes, options)
 
     @property
-    def temperature(self) -> float:
+    def temperature(self) -> float | Tensor:
         return 1.0 / self.scale
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -125,9 +127,9 @@ class MultipleNegativesRankingLoss(nn.Module):
             "hardness_strength": self.hardness_strength,
         }
 
-    def _options(self) -> "_Options":
+    def _options(self, like: Tensor) -> "_Options":
         return _Options(
-            float(self.scale),
+            scalar_like(self.scale, like),
             NORMALIZED[self.similarity_fct.__name__],
             frozenset(self.directions),
             self.partition_mode == "joint",
@@ -141,7 +143,7 @@ _OWN = ("hard_negatives", "all_negatives")
 
 
 class _Options(NamedTuple):
-    scale: float
+    scale: float | Tensor
     normalize: bool
     directions: frozenset[str]
     joint: bool
@@ -191,13 +193,16 @@ def _ranking(queries: Tensor, docs: list[Tensor], rank: int, processes: int, o: 
 
 
 def _harder(
-    scale: float, hardness: float, q: Tensor, k: Tensor, ids: tuple[Tensor, Tensor]
+    scale: float | Tensor, hardness: float, q: Tensor, k: Tensor, ids: tuple[Tensor, Tensor]
 ) -> Tensor:
     """`lse_j(scale s + hardness stop(s))`: the value has both, the slope only `scale`."""
-    lse = row_lse(q, k, scale=scale + hardness, ids=ids)
     if hardness == 0.0:
-        return lse
-    share = scale / (scale + hardness)
+        return row_lse(q, k, scale=scale, ids=ids)
+    share, both = scale / (scale + hardness), scale + hardness
+    if isinstance(share, Tensor) and isinstance(scale, Tensor):
+        share = share.detach()  # the slope in `scale` is whole: divided here, multiplied below
+        both = (scale.detach() + hardness) + (scale - scale.detach()) / share
+    lse = row_lse(q, k, scale=both, ids=ids)
     finite = torch.where(lse == -torch.inf, 0.0, lse)  # -inf - -inf is NaN
     return torch.where(
         lse == -torch.inf, -torch.inf, share * finite + (1 - share) * finite.detach()

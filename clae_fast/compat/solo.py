@@ -8,7 +8,7 @@ from .. import validation as check
 from ..numerics import full_precision
 from ._gather import all_rows, gather, world
 from ._groups import positive_lse
-from ._rows import cross_entropy, row_lse, rows_of, shared_ids
+from ._rows import cross_entropy, labels_tensor, one_dtype, row_lse, rows_of, shared_ids
 
 __all__ = ["mocov2plus_loss_func", "simclr_loss_func"]
 
@@ -28,6 +28,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     """
     check.matrix("z", z)
     check.positive_number("temperature", temperature)
+    labels_tensor("indexes", indexes)
     if indexes.shape != z.shape[:1]:
         raise ValueError(f"indexes must be ({len(z)},) as z has rows, got {tuple(indexes.shape)}")
     return _simclr(z, indexes, temperature)
@@ -59,6 +60,8 @@ def mocov2plus_loss_func(
         >>> mocov2plus_loss_func(torch.randn(4, 8), torch.randn(4, 8), torch.randn(8, 64)).shape
         torch.Size([])
     """
+    check.float_tensor("queue", queue)
     if queue.dim() != 2:
         raise ValueError(f"queue must be (D, K), got shape {tuple(queue.shape)}")
+    query, key = one_dtype(query, key)
     return functional.info_nce_loss(query, key, queue.T, temperature=temperature, normalize=False)

@@ -6,7 +6,15 @@ from torch import Tensor, nn
 from .. import functional
 from .. import validation as check
 from ..numerics import full_precision
-from ._rows import cross_entropy, row_lse, rows_of, shared_ids
+from ._rows import (
+    cross_entropy,
+    labels_tensor,
+    row_lse,
+    rows_of,
+    scalar,
+    scalar_like,
+    shared_ids,
+)
 
 __all__ = ["SupConLoss"]
 
@@ -19,7 +27,8 @@ class SupConLoss(nn.Module):
     Replaces `SupConLoss` of HobbitLong/SupContrast: labels (B,), or a mask (B, B) of who belongs to
     whom (any weights, not only 0 and 1), or neither: then the views of a sample belong together.
     The mean is over all anchors, those without a positive as 0, times
-    `temperature / base_temperature`. Not served: temperatures that are not positive.
+    `temperature / base_temperature`; both may be one-element tensors that learn. Not served:
+    temperatures that are not positive.
 
     Example:
         >>> from clae_fast.compat.supcontrast import SupConLoss
@@ -30,12 +39,16 @@ class SupConLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.07,
+        temperature: float | Tensor = 0.07,
         contrast_mode: str = "all",
-        base_temperature: float = 0.07,
+        base_temperature: float | Tensor = 0.07,
     ) -> None:
         super().__init__()
-        check.positive_number("temperature", temperature)
+        scalar("temperature", temperature)
+        if not isinstance(base_temperature, Tensor):
+            check.number("base_temperature", base_temperature)
+            if base_temperature == 0:
+                raise ValueError("base_temperature must not be 0, got 0")
         check.word("contrast_mode", contrast_mode, MODES)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
@@ -51,6 +64,9 @@ class SupConLoss(nn.Module):
         B = len(features)
         if labels is not None and mask is not None:
             raise ValueError("labels and mask exclude each other, got both")
+        for name, value in (("labels", labels), ("mask", mask)):
+            if value is not None:
+                labels_tensor(name, value)
         if mask is not None and mask.shape != (B, B):
             raise ValueError(f"mask must be ({B}, {B}), got {tuple(mask.shape)}")
         if labels is None:
@@ -59,19 +75,18 @@ class SupConLoss(nn.Module):
         if len(labels) != B:
             raise ValueError(f"labels must be ({B},), got {tuple(labels.shape)}")
         ids = shared_ids(labels, labels)[0]
+        t, base = (scalar_like(x, features) for x in (self.temperature, self.base_temperature))
         one = self.contrast_mode == "one" and features.shape[1] > 1
         if mask is None and not one:
-            loss = functional.sup_con_loss(
-                features, ids, temperature=self.temperature, normalize=False
-            )
+            loss = functional.sup_con_loss(features, ids, temperature=t, normalize=False)
         else:
-            loss = _general(features, ids, mask, one, self.temperature)
-        return loss * (self.temperature / self.base_temperature)
+            loss = _general(features, ids, mask, one, t)
+        return loss * (t / base)
 
 
 @full_precision
 def _general(
-    features: Tensor, ids: Tensor, mask: Tensor | None, one: bool, temperature: float
+    features: Tensor, ids: Tensor, mask: Tensor | None, one: bool, temperature: float | Tensor
 ) -> Tensor:
     """`lse_i - sum_j y_ij s_ij / sum_j y_ij`: the targets' sums are of (B, D), never N x N."""
     B, V, D = features.shape
@@ -103,7 +118,7 @@ def _general(
     return (share * cross_entropy(lse, s) + apart).mean()
 
 
-def _partner(z: Tensor, B: int, one: bool, scale: float) -> tuple[Tensor | None, Tensor]:
+def _partner(z: Tensor, B: int, one: bool, scale: float | Tensor) -> tuple[Tensor | None, Tensor]:
     """Another view of each anchor's sample, which stands apart, and the log-sum-exp of the rest.
 
     None where rows cannot be taken two by two; the log-sum-exp is then that of all others.

@@ -13,6 +13,7 @@ from ..numerics import (
     effective_scale,
     full_precision,
     log_sum_exp,
+    promoted,
     softplus,
     unit_rows,
 )
@@ -54,11 +55,12 @@ def info_nce_loss(
 
     Args:
         query: (N, D).
-        positive_key: (N, D); row i is the positive of query i.
+        positive_key: (N, D), same dtype and device; row i is the positive of query i.
         negative_keys: None: the other rows of `positive_key` (CLAE's Plain). (M, D): a queue or
             memory bank, shared by all queries (MoCo); the other positives are then no negatives.
             With a group, the same on every rank.
-            (N, M, D) with `negative_mode="paired"`: each query's own.
+            (N, M, D) with `negative_mode="paired"`: each query's own. Of any float dtype: a
+            float32 queue meets bfloat16 queries in float32, and each gets its gradient in its own.
         temperature: positive number, or a one-element float tensor (see `nt_xent_loss`).
         negative_mode: "unpaired" or "paired" (plain PyTorch, memory N x M x D as its input has).
         symmetric: also let each key find its query, as CLIP does; without `negative_keys` only.
@@ -70,7 +72,8 @@ def info_nce_loss(
         query_ids, key_ids: (N,) and, of the keys that are negatives, (N,) or (M,), of any integer
             type: keys with the id of a query are none of its negatives, its own key stays its
             positive. Not together with targets.
-        extra_negatives: (M', D): keys beside the batch's or the queue, which all queries meet.
+        extra_negatives: (M', D), any float dtype: keys beside the batch's or the queue, which all
+            queries meet.
         extra_ids: (M',): see `nt_xent_loss`.
         reduction: "mean" over all rows, "sum", or "none": (N,), or (N, 2) if symmetric (queries,
             keys).
@@ -131,10 +134,11 @@ def info_nce_loss(
         )
     elif negative_mode == "unpaired":
         check.embeddings(
-            "query", query, "negative_keys", negative_keys, same_rows=False, empty=group is not None
-        )
+            "query", query, "negative_keys", negative_keys, same_rows=False,
+            empty=group is not None, any_float=True,
+        )  # fmt: skip
     else:
-        check.same_kind("query", query, "negative_keys", negative_keys)
+        check.same_kind("query", query, "negative_keys", negative_keys, any_float=True)
         N, D = query.shape
         if negative_keys.dim() != 3 or negative_keys.shape[::2] != (N, D):
             raise ValueError(
@@ -173,6 +177,8 @@ def info_nce_loss(
         if symmetric:
             return Plan(composed.both_ways, (query, positive_key, *told), reduction)
         return Plan(composed.info_nce, (query, positive_key, negative_keys, *told), reduction)
+    if negative_keys is not None and negative_keys.dtype != query.dtype:
+        query, positive_key, negative_keys = promoted(query, positive_key, negative_keys)
     options = ("two_way" if symmetric else "one_way", normalize, reduction, *place)
     return contrast(query, positive_key, negative_keys, scale, *options, slots=(0, 1, 2))
 
@@ -197,8 +203,9 @@ def _paired_loss(
     call: str,
 ) -> Tensor:
     """InfoNCE with each query's own negatives: a batch of matrix-vector products, no sweep."""
-    dtype = compute_dtype(query.dtype)
-    q, k, n = (x.to(dtype) for x in (query, positive_key, negative_keys))
+    q, k, n = promoted(query, positive_key, negative_keys)
+    dtype = compute_dtype(q.dtype)
+    q, k, n = (x.to(dtype) for x in (q, k, n))
     if normalize:
         q, k, n = (unit_rows(x).z for x in (q, k, n))
     if group:

@@ -42,13 +42,15 @@ def nt_xent_loss(
         temperature: positive number, or a one-element float tensor, which gets its gradient if it
             requires one; its value is not checked, as that would wait for a GPU (0 gives NaN).
         sample_weight: (B,): weights of the pairs, for both rows of each. "mean" is then
-            `sum_r w_r loss_r / sum_r w_r`, "sum" and "none" are of `w_r loss_r`.
+            `sum_r w_r loss_r / sum_r w_r`, and 0 where the sum of weights is 0; "sum" and "none"
+            are of `w_r loss_r`. Not checked, as that would wait for a GPU; must be >= 0.
         label_smoothing: e in [0, 1): `1 - e` of each row's target on its twin, e spread evenly over
             all columns that it meets, the twin among them.
         ids: (B,) of any integer type: pairs of equal ids (two crops of one image, two copies of a
             text) are no negatives of each other. A row's own twin stays its positive.
-        extra_negatives: (M, D): more negatives for every row, beside the batch's; they get their
-            gradient if they require one.
+        extra_negatives: (M, D), any float dtype (the wider of the two is computed in): more
+            negatives for every row, beside the batch's; they get their gradient if they require
+            one, in their dtype.
         extra_ids: (M,), where `ids` are given: left out of rows of equal ids.
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first, in the same pass.

@@ -9,7 +9,15 @@ from .. import validation as check
 from ..classes import Ids, dense_ids
 from ..composite import Pairs
 from ..group_autograd import shared
-from ..numerics import Unit, alarm, as_given, compute_dtype, effective_scale, unit_rows
+from ..numerics import (
+    Unit,
+    alarm,
+    as_given,
+    compute_dtype,
+    effective_scale,
+    promoted,
+    unit_rows,
+)
 from ..softmax_rows import Block
 from ..sweeps import Where
 from .plan import Scale
@@ -60,7 +68,9 @@ def row_options(
         check.integers("query_ids", query_ids, samples, x)
         check.integers("key_ids", key_ids, samples if columns is None else columns, x)
     if extra_negatives is not None:
-        check.embeddings(name, x, "extra_negatives", extra_negatives, same_rows=False, empty=True)
+        check.embeddings(
+            name, x, "extra_negatives", extra_negatives, same_rows=False, empty=True, any_float=True
+        )
     if extra_ids is not None:
         if extra_negatives is None or query_ids is None:
             missing = "extra_negatives" if extra_negatives is None else "ids of the rows"
@@ -118,11 +128,12 @@ def prepare(
 ) -> Rows:
     """Rows in the dtype of the arithmetic, normalised or as they are."""
     number, tensor, reciprocal = scale
-    dtype = compute_dtype(embeddings[0].dtype)
+    given = promoted(*(x for x in (*embeddings, extra) if x is not None))
+    dtype = compute_dtype(given[0].dtype)
     if where.group:
         tensor = shared(tensor, where.group, where.call)
     t = effective_scale(number, None if tensor is None else tensor.to(dtype), reciprocal, dtype)
-    raw = [x.to(dtype) for x in (*embeddings, extra) if x is not None]
+    raw = [x.to(dtype) for x in given]
     units = [unit_rows(x) if normalize else as_given(x) for x in raw]
     # A row with a NaN or Inf is NaN throughout once normalised.
     seen = 0.0 if normalize else alarm(*raw)

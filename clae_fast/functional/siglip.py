@@ -85,6 +85,8 @@ def siglip_loss(
     samples = image_features.shape[0]
     if positive_ids is not None:
         check.integers("positive_ids", positive_ids, samples, image_features)
+        if positive_ids.is_meta:
+            raise ValueError("positive_ids must have values to be sorted by, got meta tensors")
     place = common(
         reduction,
         normalize,

@@ -6,6 +6,10 @@ from torch import Tensor
 
 from .. import autograd
 from .. import validation as check
+from ..classes import dense_ids
+from ..composite import Pairs
+from ..sweeps import Where
+from .options import RowOptions, row_options, weights
 from .plan import Plan, common, fused, reciprocal_scale
 
 
@@ -16,6 +20,8 @@ def uel_loss(
     *,
     temperature: float | Tensor = 0.1,
     negative_weight: float = 1.0,
+    sample_weight: Tensor | None = None,
+    ids: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
@@ -38,6 +44,8 @@ def uel_loss(
         z_j: (B, D) embeddings of the second views, same dtype and device.
         temperature: positive number, or a one-element float tensor (see `nt_xent_loss`).
         negative_weight: m, a number of at least 1 (below, `1 - p` could turn negative).
+        sample_weight: see `nt_xent_loss`.
+        ids: see `nt_xent_loss`; not together with a group.
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first.
         backend: None, or as in `use_backend`.
@@ -72,6 +80,28 @@ def uel_loss(
     )
     scale, tensor, reciprocal = reciprocal_scale(temperature)
     options = (scale, reciprocal, normalize, float(negative_weight), reduction, *place)
+    if sample_weight is not None or ids is not None:
+        rows = row_options("z_i", z_i, z_i.shape[0], sample_weight=sample_weight, ids=ids)
+        if ids is not None and place[1]:
+            raise NotImplementedError("ids of uel_loss are not served together with a group")
+        told = autograd.UELOptions(*options)._replace(reduction="none")
+        return Plan(_loss, (z_i, z_j, tensor, told, rows, reduction, Where(*place)), reduction)
     args = (z_i, z_j, tensor, autograd.UELOptions(*options))
     with_grad = None if place[1] else autograd.uel_value_and_grad
     return Plan(autograd.uel_loss, args, reduction, with_grad, 3, (0, 1))
+
+
+def _loss(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: Tensor | None,
+    told: autograd.UELOptions,
+    options: RowOptions,
+    reduction: str,
+    where: Where,
+) -> Tensor:
+    pairs, ids = Pairs(where, 1.0), None
+    if options.row_ids is not None:
+        ids = dense_ids(pairs, options.row_ids.repeat(2))[0].narrow
+    rows = autograd.uel_loss(z_i, z_j, temperature, told, ids)
+    return pairs.reduce(rows, weights(options, rows, 2), reduction)

@@ -117,10 +117,13 @@ def test_refused(name):
         "distance": distances.LpDistance(),
         "embedding_regularizer": torch.nn.Identity(),
         "collect_stats": True,
-        "weight_regularizer": 1,
     }.items():
         with pytest.raises(NotImplementedError, match=option):
             loss(**{option: value})
+    for library in (ours, losses):  # a name that neither knows; a default said aloud
+        with pytest.raises(TypeError, match="weight_regularizer"):
+            getattr(library, name)(weight_regularizer=1)
+        getattr(library, name)(embedding_reg_weight=1, embedding_regularizer=None)
     with pytest.raises(NotImplementedError, match="p=2"):
         loss(distance=distances.CosineSimilarity(p=1))
     with pytest.raises(NotImplementedError, match="TripletMarginLoss"):
@@ -140,3 +143,56 @@ def test_inside_cross_batch_memory(name):
         memory = losses.CrossBatchMemory(getattr(library, name)(0.3), 3, memory_size=12)
         out.append([float(memory(drawn(i, 5, 3), labels)) for i in range(4)])
     assert out[0] == pytest.approx(out[1])
+
+
+def subclass(library, name):
+    """Their extension points that say how rows are compared, and how losses become one."""
+
+    class Mine(getattr(library, name)):
+        def get_default_distance(self):
+            return distances.DotProductSimilarity(normalize_embeddings=False)
+
+        def get_default_reducer(self):
+            return reducers.PerAnchorReducer()
+
+    return Mine
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_default_distance_and_reducer_of_a_subclass(name):
+    inputs = drawn(3, 6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    pair = [subclass(library, name)(0.7) for library in (ours, losses)]
+    compare.agree(*pair, *inputs, dtype=torch.float64)
+    plain = getattr(ours, name)(0.7)(*inputs)
+    assert abs(plain - pair[0](*inputs)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_what_users_read(name):
+    """`distance` and `reducer` of a loss, called by hand and replaced."""
+    mine, theirs = (getattr(library, name)(0.7) for library in (ours, losses))
+    z, labels = drawn(4, 6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    torch.testing.assert_close(mine.distance(z), theirs.distance(z))
+    torch.testing.assert_close(mine.distance(z, z[:2]), theirs.distance(z, z[:2]))
+    for attribute in ("p", "power", "normalize_embeddings", "is_inverted"):
+        assert getattr(mine.distance, attribute) == getattr(theirs.distance, attribute)
+    for value in ("embedding_regularizer", "embedding_reg_weight", "collect_stats"):
+        assert getattr(mine, value) == getattr(theirs, value)
+    assert type(mine.reducer).__name__ == type(theirs.reducer).__name__
+    for loss in (mine, theirs):
+        loss.distance = distances.DotProductSimilarity(normalize_embeddings=False)
+        loss.reducer = reducers.MeanReducer()
+    compare.agree(mine, theirs, z, labels, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_self_supervised_calls_a_forward_of_the_user(symmetric):
+    def of(library):
+        class Doubled(library.NTXentLoss):
+            def forward(self, *args, **kwargs):
+                return 2 * super().forward(*args, **kwargs)
+
+        Doubled.__name__ = "NTXentLoss"  # theirs looks at the name
+        return library.SelfSupervisedLoss(Doubled(0.3), symmetric)
+
+    compare.agree(of(ours), of(losses), drawn(1, 5, 3), drawn(2, 5, 3), dtype=torch.float64)
