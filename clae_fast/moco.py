@@ -90,10 +90,37 @@ class MemoryQueue(nn.Module):
         return self
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"next": self._next, "filled": self._filled}
+        return {"next": self._next, "filled": self._filled, "size": len(self.keys)}
 
     def set_extra_state(self, state: Any) -> None:
-        self._next, self._filled = state["next"], state["filled"]
+        size, (at, filled) = len(self.keys), (state["next"], state["filled"])
+        if state.get("size", size) != size:
+            raise ValueError(f"the queue holds {size} keys, the saved one {state['size']}")
+        if not 0 <= filled <= size or not 0 <= at < size or (filled < size and at != filled):
+            raise ValueError(
+                f"next must be where {filled} of {size} keys end, got {at}: the saved state is "
+                "damaged"
+            )
+        self._next, self._filled = at, filled
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """As any module, but what is loaded in part or fails leaves an empty queue, no mixture."""
+        parts = {"keys": self.keys, "ids": self.ids, "_extra_state": None}
+        found = {prefix + name for name in parts} & state_dict.keys()
+        whole = all(
+            prefix + name in found and state_dict[prefix + name].shape == x.shape
+            for name, x in parts.items()
+            if x is not None
+        )
+        whole = whole and prefix + "_extra_state" in found
+        at, filled = self._next, self._filled
+        if found:
+            self._next = self._filled = 0
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not found:
+            self._next, self._filled = at, filled
+        elif not whole:
+            self._next = self._filled = 0
 
     def __len__(self) -> int:
         """How many keys are in it."""

@@ -63,7 +63,13 @@ def negatives_lse(blocks: list[Block], factor: float = 1.0) -> Tensor:
 
 
 def negatives_count(blocks: list[Block]) -> Tensor:
+    """How many negatives there are in all blocks, (N,)."""
     return torch.stack([b.number() for b in blocks]).sum(0)
+
+
+def negatives_sum(blocks: list[Block]) -> Tensor:
+    """The sum of the negatives in all blocks, (N, D), in float64."""
+    return torch.stack([b.keys() for b in blocks]).sum(0)
 
 
 def smoothing(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import validation as check
 from .backends import requested
+from .classes import wide
 from .composite import Pairs
 from .numerics import as_given, compute_dtype, cosine, full_precision, unit_rows
 from .reference.sweep import by_rows
@@ -46,7 +47,8 @@ def pair_stats(
         z_i: (B, D) embeddings of the first views.
         z_j: (B, D) embeddings of the second views, same dtype and device.
         normalize: divide each row by its L2 norm first.
-        backend: None, or as in `use_backend`: for the log-sum-exp of uniformity.
+        backend: None, or as in `use_backend`: for the log-sum-exp of uniformity, which takes
+            float64 for rows that are not normalised (another backend than "triton" then).
 
     Returns:
         PairStats, a named tuple of 0-dim tensors. With one pair there are no negatives:
@@ -85,7 +87,7 @@ def _stats(z_i: Tensor, z_j: Tensor, normalize: bool, where: Where) -> PairStats
         positive.mean(),
         (whole / (B * (B - 1))).to(dtype) if B > 1 else positive.new_full((), torch.nan),
         (q - k).square().sum(-1).mean(),
-        (_uniformity(q, where) + _uniformity(k, where)) / 2,
+        ((_uniformity(q, normalize, where) + _uniformity(k, normalize, where)) / 2).to(dtype),
     )
 
 
@@ -101,11 +103,15 @@ def _nearest_is_own(q: Tensor, k: Tensor) -> Tensor:
     return by_rows(rows, len(q), len(k))[0].to(q.dtype).mean()
 
 
-def _uniformity(z: Tensor, where: Where) -> Tensor:
+def _uniformity(z: Tensor, on_sphere: bool, where: Where) -> Tensor:
     """`log mean e^(-2 |x - y|^2)`: a log-sum-exp of `4 (<x, y> - |x|^2 / 2 - |y|^2 / 2)`."""
     B = len(z)
     if B == 1:
         return z.new_full((), torch.nan)
+    if not on_sphere:  # the three terms may be large beside the distances
+        z = wide(z)
+        z = z - z.mean(0)
+        where = where if where.backend != "triton" else Where("auto")  # it knows no float64
     half = -0.5 * z.square().sum(-1, keepdim=True)
     one = torch.ones_like(half)
     rows, columns = torch.cat((z, half, one), 1), torch.cat((z, one, half), 1)

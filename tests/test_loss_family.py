@@ -236,6 +236,40 @@ def test_bad_numbers_stay_visible(name, normalize, bad, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "clip", "uel", *CASES])
+def test_bad_numbers_of_rows_without_negatives(name, normalize, bad, backend):
+    """One pair; all ids equal, extra negatives too; each row of its own class."""
+    alone = {
+        "nt_xent": cf.nt_xent_loss, "info_nce": cf.info_nce_loss, "uel": cf.uel_loss,
+        "clip": lambda x, y, **o: cf.clip_loss(x, y, 2.0, **o),
+    }  # fmt: skip
+    told = {"normalize": normalize, "backend": backend}
+    for which in (0, 1):
+        x, y = inputs(1, 4, torch.float32)
+        (x, y)[which][0, 1] = bad
+        if name in alone:
+            loss = alone[name](x, y, **told)
+        elif "sup_con" in name:
+            loss = cf.sup_con_loss(torch.cat((x, y)), torch.arange(2), **told)
+        else:
+            loss = CASES[name][0](x, y, 0.5, **told)
+        assert not loss.isfinite(), which
+    ids, zero = torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    equal = {
+        "nt_xent": cf.nt_xent_loss, "dcl": cf.dcl_loss, "hard": cf.hard_negative_loss,
+        "clip": lambda x, y, **o: cf.clip_loss(x, y, 2.0, **o),
+    }  # fmt: skip
+    if name in equal:
+        for which in range(3):
+            rows = [*inputs(5, 4, torch.float32), torch.randn(3, 4)]
+            rows[which][1, 2] = bad
+            beside = {"extra_negatives": rows[2], "ids": ids, "extra_ids": zero}
+            assert not equal[name](*rows[:2], **beside, **told).isfinite(), which
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_zero_vector(name, backend):
     xs = inputs(5, 4)
@@ -464,9 +498,17 @@ def test_chunks_of_other_positives_do_not_matter(monkeypatch):
     x, y = inputs(23, 5)
     ids = torch.arange(23) % 4
     expected = cf.siglip_loss(x, y, 2.0, -1.0, positive_ids=ids, reduction="none")
-    monkeypatch.setattr("clae_fast.functional.siglip.CHUNK_ROWS", 5)
-    got = cf.siglip_loss(x, y, 2.0, -1.0, positive_ids=ids, reduction="none")
-    assert error(got, expected) < 1e-13
+    for name in ("other_positives", "reference.sweep"):
+        monkeypatch.setattr(f"clae_fast.{name}.CHUNK_ELEMENTS", 30)
+    for backend in BACKENDS:
+        leaves = [v.clone().requires_grad_() for v in (x, y)]
+        exact = [v.clone().requires_grad_() for v in (x, y)]
+        told = {"positive_ids": ids, "reduction": "none", "backend": backend}
+        got = cf.siglip_loss(*leaves, 2.0, -1.0, **told)
+        assert error(got, expected) < 1e-13
+        grads = torch.autograd.grad(got.square().sum(), leaves)
+        ref = torch.autograd.grad(dense.siglip(*exact, 2.0, -1.0, ids).square().sum(), exact)
+        assert all(error(a, b) < 1e-12 for a, b in zip(grads, ref, strict=True))
 
 
 def test_modules_equal_functions():

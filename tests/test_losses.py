@@ -404,6 +404,24 @@ nt_xent_loss(z, z.detach(), backend=backend).backward()
 print(peak() - before)
 """
 
+OF_ONE_ID = """
+import resource, sys, torch
+from clae_fast import siglip_loss
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def run(n, **told):
+    z, ids = torch.randn(n, 64, requires_grad=True), torch.zeros(n, dtype=torch.int64)
+    bias = torch.zeros((), requires_grad=True)
+    siglip_loss(z, z + 1, 1.0, bias, positive_ids=ids, **told).backward()
+
+run(64)
+before = peak()
+run(8192, backend=None if sys.argv[1] == "auto" else sys.argv[1])
+print(peak() - before)
+"""
+
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_process_memory(backend):
@@ -411,6 +429,14 @@ def test_process_memory(backend):
     command = [sys.executable, "-c", MEMORY, backend]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert float(out) < (500 if backend == "auto" else 900), f"{out} MiB"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_process_memory_of_positives(backend):
+    """8192 pairs of one id, whose float32 matrix takes 256 MiB; plain PyTorch needs several."""
+    command = [sys.executable, "-c", OF_ONE_ID, backend]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(out) < (120 if backend == "auto" else 600), f"{out} MiB"
 
 
 def test_no_large_tensor():

@@ -105,6 +105,55 @@ def test_checkpoint():
     assert "5, 3, ids=True" in repr(queue)
 
 
+def test_a_load_that_fails_or_is_partial_leaves_no_mixture():
+    """Nothing of it, or all of it: keys that were never put in are never handed out."""
+
+    def filled(size, ids=True):
+        queue = MemoryQueue(size, 3, ids=ids)
+        keys = torch.full((4, 3), float(size))
+        queue.enqueue(keys, torch.arange(4) if ids else None)
+        return queue
+
+    def without(*names):
+        state = filled(5).state_dict()
+        return {name: x for name, x in state.items() if name not in names}
+
+    def damaged(**told):
+        state = filled(5).state_dict()
+        state["_extra_state"] = {**state["_extra_state"], **told}
+        return state
+
+    old = {**filled(5).state_dict(), "_extra_state": {"next": 4, "filled": 4}}  # no size yet
+    queue = MemoryQueue(5, 3, ids=True)
+    queue.load_state_dict(old)
+    assert torch.equal(queue(), filled(5)())
+
+    for state in (without("keys"), without("ids"), without("_extra_state")):
+        queue = filled(5)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            queue.load_state_dict(state)
+        assert len(queue) == 0
+        queue.enqueue(torch.ones(2, 3), torch.ones(2).int())
+        queue.load_state_dict(state, strict=False)
+        assert queue().shape == (0, 3)
+        assert queue.key_ids().shape == (0,)
+    for other in (4, 9):
+        queue = filled(5)
+        with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|holds 5 keys, the"):
+            queue.load_state_dict(filled(other).state_dict())
+        assert len(queue) == 0
+    for told in ({"next": 5}, {"filled": 6}, {"filled": -1}, {"next": 2}):
+        queue = filled(5)
+        with pytest.raises(ValueError, match="damaged"):
+            queue.load_state_dict(damaged(**told))
+        assert len(queue) == 0
+    queue = filled(5)  # of other modules
+    nn.ModuleDict({"queue": queue, "net": nn.Linear(2, 2)}).load_state_dict(
+        {"net.weight": torch.ones(2, 2)}, strict=False
+    )
+    assert len(queue) == 4
+
+
 BATCHES = ((2, 3, 0, 1), (0, 1, 0, 0), (4, 2, 1, 3), (1, 0, 2, 0))
 
 

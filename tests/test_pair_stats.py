@@ -42,6 +42,20 @@ def test_against_float64(dtype, normalize, backend):
             assert error(a, b, 0.1) < (1e-12 if dtype == torch.float64 else 3e-6), (name, n)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [1.0, 1e2, 1e3, 1e4])
+def test_offsets_do_not_move_distances(offset, backend):
+    """What all rows have in common, or each of two clusters, is large beside their distances."""
+    x, y = (torch.randn(40, 6) + offset for _ in range(2))
+    far = torch.cat((x[:20], x[20:] - 2 * offset))
+    for a, b in ((x, y), (far, far.flip(0))):
+        got = pair_stats(a, b, normalize=False, backend=backend)
+        ref = dense(a, b, normalize=False)
+        assert got.uniformity <= 0
+        assert error(got.uniformity, ref.uniformity) < 1e-6
+        assert error(got.alignment, ref.alignment) < 1e-6
+
+
 def test_directions_differ():
     """Every row of z_i finds its own; two of z_j look for the first of z_i."""
     x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .. import validation as check
-from ..numerics import as_given, compute_dtype, full_precision
+from ..numerics import compute_dtype, full_precision
 from ._gather import all_rows, gather
 from ._refuse import refuse
 from ._rows import cross_entropy, one_dtype, row_lse, sweeps
@@ -126,7 +126,7 @@ def _of_own_rows(
     everyone = torch.arange(len(all_texts), device=images.device, dtype=torch.int32)
 
     def direction(x: Tensor, keys: Tensor) -> Tensor:
-        q, k = as_given(x.to(dtype)).z * scale, keys.to(dtype)
+        q, k = x.to(dtype) * scale, keys.to(dtype)
         positive = (q * k[rank * B : (rank + 1) * B]).sum(1)
         return cross_entropy(row_lse(q, k, ids=(own, everyone)), positive).mean()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..composite import Pairs, combined
 from ..numerics import cosine, full_precision, softplus
-from ..softmax_rows import Block, linear, negatives_lse, smoothing
+from ..softmax_rows import Block, linear, negatives_count, negatives_lse, negatives_sum, smoothing
 from ..sweeps import Where
 from .options import RowOptions, Rows, extra_blocks, numbered, prepare, weights
 from .plan import Scale
@@ -35,9 +35,8 @@ def _row_loss(
         apart = linear(q, keys, rows.t)
         loss = ((1 - smooth) * whole + smooth) * loss + (1 - smooth) * apart
     if smooth:
-        others = torch.stack([b.keys() for b in blocks]).sum(0)
-        number = torch.stack([b.number() for b in blocks]).sum(0)
-        loss = loss + smooth * smoothing(q, positive, others, number, rows.t)
+        others = negatives_sum(blocks)
+        loss = loss + smooth * smoothing(q, positive, others, negatives_count(blocks), rows.t)
     return loss
 
 
@@ -171,7 +170,8 @@ def _less(y: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     y = y.coalesce()
     indices = torch.cat((y.indices(), torch.stack((rows, columns))), 1)
     both = torch.cat((-y.values(), values))
-    return torch.sparse_coo_tensor(indices, both, y.shape).coalesce()
+    # Right by construction; not to say so warns.
+    return torch.sparse_coo_tensor(indices, both, y.shape, check_invariants=False).coalesce()
 
 
 def _as_matrix(targets: Tensor, dtype: torch.dtype) -> Tensor:

@@ -68,7 +68,8 @@ def info_nce_loss(
             key's if symmetric.
         targets: None: each query's own key. (N, N), dense, sparse COO or sparse CSR, constant: how
             much of each key (column) is each query's target; (N, 1 + M) with a queue, the own key
-            first. See `clip_loss`.
+            first. See `clip_loss`. PyTorch compiles no sparse ones: they end a `torch.compile`
+            graph.
         query_ids, key_ids: (N,) and, of the keys that are negatives, (N,) or (M,), of any integer
             type: keys with the id of a query are none of its negatives, its own key stays its
             positive. Not together with targets.

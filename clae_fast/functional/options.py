@@ -120,7 +120,7 @@ class Rows(NamedTuple):
     t: Tensor | float
     units: tuple[Unit, ...]
     extra: Unit | None
-    alarm: Tensor | float  # NaN where the sweeps could hide one
+    alarm: Tensor  # 0, or NaN: a row with nothing to contrast would hide it
 
 
 def prepare(
@@ -135,10 +135,8 @@ def prepare(
     t = effective_scale(number, None if tensor is None else tensor.to(dtype), reciprocal, dtype)
     raw = [x.to(dtype) for x in given]
     units = [unit_rows(x) if normalize else as_given(x) for x in raw]
-    # A row with a NaN or Inf is NaN throughout once normalised.
-    seen = 0.0 if normalize else alarm(*raw)
     last = None if extra is None else units.pop()
-    return Rows(Pairs(where, t), t, tuple(units), last, seen)
+    return Rows(Pairs(where, t), t, tuple(units), last, alarm(*raw))
 
 
 class Numbered(NamedTuple):

@@ -1,22 +1,18 @@
 """The sigmoid loss of SigLIP."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import validation as check
-from ..classes import Ids, dense_ids
-from ..composite import Pairs
+from ..classes import dense_ids
 from ..group_autograd import shared
-from ..numerics import full_precision, softplus
+from ..numerics import full_precision
+from ..other_positives import other_positives
 from ..sweeps import Where
 from .options import RowOptions, prepare, row_options, weights
 from .plan import Plan, Scale, common, fused
-
-CHUNK_ROWS = 256
 
 
 @fused
@@ -48,7 +44,8 @@ def siglip_loss(
             logarithm; gets its gradient.
         logit_bias: a number or a one-element float tensor, which gets its gradient.
         positive_ids: None, or (B,) of any integer type: pairs of equal ids are positives too.
-            Finding them waits for a GPU, and ends a `torch.compile` graph.
+            Finding them waits for a GPU, and ends a `torch.compile` graph. What they add to the
+            sweep of the backend is plain PyTorch, whatever the backend, a block at a time.
         sample_weight: (B,), weights of the images: see `nt_xent_loss`.
         reduction: "mean" over the B images (of the sum over all texts), "sum", or "none" for (B,).
         normalize: divide each row by its L2 norm first.
@@ -146,7 +143,7 @@ def _loss(
     if positive_ids is not None:
         (ids,) = dense_ids(pairs, positive_ids)
         both = (ids.narrow, ids.narrow)
-        extra = _other_positives(pairs, x.z, y.z, ids, bias)
+        extra = other_positives(pairs, x.z, y.z, ids, bias)
     weight = weights(options, x.z)
     if reduction == "none":
         loss = pairs.sigmoid(x.z, y.z, bias, *both)
@@ -159,39 +156,3 @@ def _loss(
     loss = pairs.sigmoid(x.z, y.z, bias, *both, weight=weight)
     loss = loss if extra is None else loss + (extra * weight).sum()
     return pairs.objective(loss + rows.alarm)
-
-
-def _other_positives(pairs: Pairs, q: Tensor, k: Tensor, ids: Ids, bias: Tensor) -> Tensor:
-    """`sum_j log(1 + e^(-s_ij))` over j != i with the id of row i, (N,).
-
-    In the order of ids these pairs lie in blocks on the diagonal: rows, a few at a time, meet the
-    columns of their own ids alone.
-    """
-    k = pairs.gather(k)
-    start = pairs.sweeps.start(len(q), q)
-    if not len(q):  # a part of the graph all the same: the ranks meet in its backward
-        return (q @ k.mT).sum(-1)
-    row_ids, row_order = ids.here.sort(stable=True)
-    col_ids, col_order = ids.everywhere.sort(stable=True)
-    first = torch.searchsorted(col_ids, row_ids)
-    last = torch.searchsorted(col_ids, row_ids, right=True)
-    heads = list(range(0, len(q), CHUNK_ROWS))
-    tails = [min(a + CHUNK_ROWS, len(q)) for a in heads]
-    q, k = q[row_order], k[col_order]
-
-    def rows(q: Tensor, k: Tensor, a: int, b: int, c: int, d: int) -> Tensor:
-        s = (q @ k.mT) * pairs.t + bias
-        allowed = (row_ids[a:b, None] == col_ids[c:d]) & (
-            row_order[a:b, None] + start != col_order[c:d]
-        )
-        return softplus(torch.where(allowed, -s, -math.inf)).sum(-1)
-
-    parts = []
-    spans = (heads, tails, first[heads].tolist(), last[[b - 1 for b in tails]].tolist())
-    for a, b, c, d in zip(*spans, strict=True):
-        args = (q[a:b], k[c:d], a, b, c, d)
-        if torch.is_grad_enabled():  # recomputed: where all ids are equal these are all pairs
-            parts.append(checkpoint(rows, *args, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(rows(*args))
-    return torch.cat(parts)[row_order.argsort()]

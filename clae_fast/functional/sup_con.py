@@ -9,7 +9,7 @@ from .. import validation as check
 from ..classes import dense_ids, partners, sums_of_equal, wide
 from ..composite import combined
 from ..numerics import Unit, cosine, full_precision
-from ..softmax_rows import Block, linear, sup_con
+from ..softmax_rows import Block, linear, negatives_count, negatives_sum, sup_con
 from ..sweeps import Where
 from .options import Numbered, RowOptions, extra_blocks, prepare, row_options, weights
 from .plan import Plan, Scale, common, fused, reciprocal_scale
@@ -139,10 +139,8 @@ def _loss(
     only = (paired & (count == 1))[:, None]
     loss = loss + linear(z, torch.where(only, 0.0, apart - mean), t)
     if options.label_smoothing:
-        others = Block(pairs, z, z, own=(z,))
-        allowed = others.keys() + sum(block.keys() for block in extra)
-        number = others.number() + sum(block.number() for block in extra)
-        spread = mean - allowed / number.clamp(min=1)[:, None]
+        others = [Block(pairs, z, z, own=(z,)), *extra]
+        spread = mean - negatives_sum(others) / negatives_count(others).clamp(min=1)[:, None]
         loss = loss + options.label_smoothing * linear(z, spread, t)
     loss = torch.where(count > 0, loss, 0.0) + rows.alarm
     weight = weights(options, loss)
