@@ -55,7 +55,8 @@ def test_gradient_penalty(name, reduction):
         return g, g.square().sum()
 
     fused, value = penalty()
-    with pytest.raises(RuntimeError, match='backend="reference" without a group, which supports it'):
+    words = 'backend="reference" without a group, which supports it'
+    with pytest.raises(RuntimeError, match=words):
         value.backward()
     with use_backend("reference"):
         exact, value = penalty()

@@ -48,8 +48,8 @@ def clip_loss(
         targets: None: each image's own text. (B, B), dense, sparse COO or sparse CSR, constant: how
             much of each text (column) is each image's target; transposed for the texts. Rows need
             not sum to 1: `loss_i = sum_j y_ij (log sum_k e^{s_ik} - s_ij)`; a row of zeros gives 0.
-            Not checked, as that would wait for a GPU; must be >= 0. PyTorch compiles no sparse ones:
-            they end a `torch.compile` graph.
+            Not checked, as that would wait for a GPU; must be >= 0. PyTorch compiles no sparse
+            ones: they end a `torch.compile` graph.
         ids: see `nt_xent_loss`; not together with targets.
         extra_negatives: (M, D): texts beside the batch's (hard captions, say), which all images
             meet and which look for no image themselves.
