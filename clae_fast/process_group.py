@@ -209,7 +209,7 @@ def _word(value: Any) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)  # a function's address differs from process to process
     if isinstance(value, float):
-        return repr(value)
+        return repr(float(value))  # NumPy's own would be another word
     return str(value)
 
 
