@@ -7,6 +7,7 @@ when a connection breaks or the group's timeout is over, `lost_ranks` knows who 
 
 import contextlib
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -206,11 +207,9 @@ def described(name: str, **facts: Any) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, Tensor):
         return "a tensor"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return str(value.__qualname__)  # a function's address differs from process to process
     if isinstance(value, float):
         return repr(float(value))  # NumPy's own would be another word
-    return str(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))  # differs from process to process
 
 
 def _difference(first: str, other: str, rank_0: int, rank: int) -> str:

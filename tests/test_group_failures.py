@@ -1,5 +1,8 @@
 """A rank that does something else, ends or is stuck: an error that names it, in bounded time."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from group_failures import (
 from processes import Processes, free_port
 
 import clae_fast
+from clae_fast.process_group import described
 
 TIMEOUT = 4
 
@@ -171,6 +175,17 @@ def test_what_is_no_group(group):
         clae_fast.nt_xent_loss(z, z, group=group)
     with pytest.raises(TypeError, match="group must be"):
         clae_fast.NTXentLoss(group=group)
+
+
+def test_a_call_is_described_alike_in_all_processes():
+    class Weights:
+        def __call__(self, a, b):
+            return a
+
+    for weight_fn in (Weights(), functools.partial(len), lambda a, b: a, len):
+        told = described("dcl_loss", weight_fn=weight_fn, temperature=np.float64(0.1))
+        assert "0x" not in told
+        assert told.endswith("temperature=0.1")
 
 
 def test_what_is_no_exchange():
