@@ -272,14 +272,14 @@ def _uel_rows(
     unit = (unit_rows if o.normalize else as_given)(torch.cat((z_i, z_j)).to(dtype))
     if o.group:
         rows, dq = call(
-            "group_uel", unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal, need,
+            "group_uel", unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal, ids, need,
             o.group, o.exchange, o.call, backend=o.backend,
         )  # fmt: skip
     else:
         rows, dq = call(
-        "pair_uel", unit.z, unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal,
-        row_ids=ids, col_ids=ids, need_dq=need, backend=o.backend,
-    )  # fmt: skip
+            "pair_uel", unit.z, unit.z, o.scale, o.negative_weight, scale_tensor, o.reciprocal,
+            row_ids=ids, col_ids=ids, need_dq=need, backend=o.backend,
+        )  # fmt: skip
     if not need:
         return rows, dq, dq
     t = effective_scale(o.scale, scale_tensor, o.reciprocal, dtype)
@@ -339,11 +339,13 @@ def uel_loss(
     options: UELOptions,
     ids: Tensor | None = None,
 ) -> Tensor:
-    """`reference.pair_uel` on the stacked views, reduced; differentiable. `ids`: int32 (2B,), of
-    this process alone."""
+    """`reference.pair_uel` on the stacked views, reduced; differentiable.
+
+    `ids`: int32 (2B,), over a group numbered alike on all ranks.
+    """
     if options.group:
         scale_tensor = shared(scale_tensor, options.group, options.call)
-        rows = _uel_loss(z_i, z_j, scale_tensor, None, options._replace(reduction="none"))
+        rows = _uel_loss(z_i, z_j, scale_tensor, ids, options._replace(reduction="none"))
         return reduce_over_group(rows, options.reduction, options.group, options.call)
     return _uel_loss(z_i, z_j, scale_tensor, ids, options)
 

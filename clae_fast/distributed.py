@@ -252,6 +252,7 @@ def group_uel(
     negative_weight: float,
     scale_tensor: Tensor | None,
     reciprocal: bool,
+    ids: Tensor | None,
     need_dq: bool,
     group: str,
     exchange: str,
@@ -259,39 +260,50 @@ def group_uel(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.pair_uel` of this rank's rows (2b, D) among all ranks': keys get no gradient."""
+    """`reference.pair_uel` of this rank's rows (2b, D) among all ranks': keys get no gradient.
+
+    `ids` (2b,): int32, numbered alike on all ranks.
+    """
     local = Local(scale, scale_tensor, reciprocal, backend)
     B = len(z) // 2
     over, (need,) = meet("", z, local, group, exchange, call, (need_dq,), B)
     ranks = over.exchange
     if ranks.ring:
-        loss, dq = _uel_round(over, z, negative_weight, need)
+        loss, dq = _uel_round(over, z, ids, negative_weight, need)
     else:
-        keys = torch.cat([ranks.all_rows(half) for half in (z[:B], z[B:])])
+        keys, col_ids = (
+            None if x is None else torch.cat([ranks.all_rows(half) for half in (x[:B], x[B:])])
+            for x in (z, ids)
+        )
+        assert keys is not None
         first = sum(ranks.sizes[: ranks.rank])
         told = (scale, negative_weight, scale_tensor, reciprocal)
         parts = [
-            run("pair_uel", half, keys, *told, need_dq=need_dq, offset=at, backend=backend)
-            for half, at in ((z[:B], first), (z[B:], first + len(keys) // 2))
-        ]
+            run(
+                "pair_uel", z[half], keys, *told, row_ids=None if ids is None else ids[half],
+                col_ids=col_ids, need_dq=need_dq, offset=at, backend=backend,
+            )
+            for half, at in ((slice(B), first), (slice(B, None), first + len(keys) // 2))
+        ]  # fmt: skip
         loss, dq = (torch.cat(x) for x in zip(*parts, strict=True))
     return loss, dq if need_dq else z.new_empty(0)
 
 
 def _uel_round(
-    over: OverGroup, z: Tensor, negative_weight: float, need_dq: bool
+    over: OverGroup, z: Tensor, ids: Tensor | None, negative_weight: float, need_dq: bool
 ) -> tuple[Tensor, Tensor]:
     """UEL with one rank's keys at a time."""
     local = over.local
     t = effective_scale(local.scale, local.scale_tensor, local.reciprocal, z.dtype)
     s_pos = (z * z.roll(len(z) // 2, 0)).sum(-1) * t
-    lse = over.lse(z, z, skip="twins")
+    both = {} if ids is None else {"row_ids": ids, "col_ids": ids}
+    lse = over.lse(z, z, skip="twins", **both)
 
     def blocks() -> Iterable[tuple[Tensor, Skip]]:
-        others = over.exchange.others(z, copies=2)
-        yield z, Skip("twins", 0, None, None)
-        for (k,) in others:
-            yield k, Skip("none", 0, None, None)
+        others = over.exchange.others(z, *(x for x in (ids,) if x is not None), copies=2)
+        yield z, Skip("twins", 0, ids, ids)
+        for k, *there in others:
+            yield k, Skip("none", 0, ids, there[0] if there else None)
 
     return uel_over_blocks(z, s_pos, lse, t, negative_weight, blocks, need_dq)
 
@@ -364,7 +376,7 @@ define(
 define(
     "group_uel",
     "(Tensor z, float scale, float negative_weight, Tensor? scale_tensor, bool reciprocal, "
-    f"bool need_dq, {_GROUP}) -> (Tensor, Tensor)",
+    f"Tensor? ids, bool need_dq, {_GROUP}) -> (Tensor, Tensor)",
     group_uel,
     _fake_uel,
 )

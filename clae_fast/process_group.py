@@ -271,7 +271,7 @@ def resolve(name: str) -> Any:
     if name == WORLD:
         return dist.group.WORLD
     try:
-        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"group is one that is gone, {name!r}: destroy_process_group() was called since"

@@ -248,6 +248,7 @@ FAMILY = (
     "nt_xent+ids", "nt_xent+sample_weight", "nt_xent+smoothing", "nt_xent+extra_negatives",
     "plain+ids", "plain+smoothing", "plain+targets", "plain+extra_negatives", "clip+ids",
     "clip+sample_weight", "clip+targets", "clip+smoothing", "uel+sample_weight",
+    "uel+ids",
 )  # fmt: skip
 STACKED = ("nt_xent", "dcl", "dclw", "hard", "debiased", "uel")  # rows of z_i, then of z_j
 
@@ -383,7 +384,11 @@ def checked_operators(rank, layout):
         "group_contrast_grad": [
             (*form, two_rows, none, two_rows, True, True, False, True, *place),
         ],
-        "group_uel": [(z, 2.0, 1.5, None, False, need, *place) for need in (True, False)],
+        "group_uel": [
+            (z, 2.0, 1.5, None, False, both, need, *place)
+            for both in (None, torch.cat((ids, ids)))
+            for need in (True, False)
+        ],
         "group_reduce": [(rows, "mean", *call)],
         "group_average": [(t, *call)],
         "group_lse": [(q, k, 2.0, None, "diagonal", ids, ids, *place)],

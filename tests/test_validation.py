@@ -108,11 +108,6 @@ def test_temperature(name, temperature, error, says):
         ),
         (lambda: cf.sup_con_loss([q], z), TypeError, "features must be a torch.Tensor, got list"),
         (lambda: cf.sup_con_loss(q, [0, 1]), TypeError, "labels must be a torch.Tensor, got list"),
-        (
-            lambda: cf.uel_loss(z, z, ids=torch.arange(len(z)), group="world"),
-            NotImplementedError,
-            "ids of uel_loss are not served together with a group",
-        ),
         (lambda: cf.info_nce_loss(q, k, [z]), TypeError, "negative_keys must be a torch.Tensor"),
         (
             lambda: cf.info_nce_loss(q, k, negative_mode="own"),

@@ -4,6 +4,7 @@ Their denominators differ and stay so: NT-Xent's holds the one positive and the 
 all rows but the anchor.
 """
 
+import abc
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -64,7 +65,7 @@ class Problem(NamedTuple):
         return same - int(self.itself is not None), len(columns) - same
 
 
-class PairLoss(nn.Module):
+class PairLoss(nn.Module, abc.ABC):
     """What the two share: their call, their options and their reduction."""
 
     distance: Any
@@ -210,17 +211,21 @@ class PairLoss(nn.Module):
         out: Tensor = self.reducer({"loss": told}, embeddings, labels)
         return out
 
+    @abc.abstractmethod
     def _enough(self, positives: int, negatives: int) -> bool:
-        raise NotImplementedError
+        """Whether a row with so many pairs of each kind has a loss."""
 
+    @abc.abstractmethod
     def _losses(self, problem: Problem) -> Losses:
-        raise NotImplementedError
+        """By labels."""
 
+    @abc.abstractmethod
     def _listed(self, s: Tensor, *pairs: Tensor) -> Losses:
-        raise NotImplementedError
+        """By pairs that a miner chose."""
 
+    @abc.abstractmethod
     def _one_each(self, losses: Tensor, indices: tuple[Tensor, Tensor]) -> Losses:
-        raise NotImplementedError
+        """As their reducers take them."""
 
 
 class NTXentLoss(PairLoss):

@@ -45,7 +45,7 @@ def uel_loss(
         temperature: positive number, or a one-element float tensor (see `nt_xent_loss`).
         negative_weight: m, a number of at least 1 (below, `1 - p` could turn negative).
         sample_weight: see `nt_xent_loss`.
-        ids: see `nt_xent_loss`; not together with a group.
+        ids: see `nt_xent_loss`.
         reduction: "mean" over all 2B rows, "sum", or "none" for (2B,): rows of z_i, then of z_j.
         normalize: divide each row by its L2 norm first.
         backend: None, or as in `use_backend`.
@@ -77,13 +77,13 @@ def uel_loss(
         "uel_loss",
         temperature=temperature,
         negative_weight=negative_weight,
+        sample_weight=sample_weight,
+        ids=ids,
     )
     scale, tensor, reciprocal = reciprocal_scale(temperature)
     options = (scale, reciprocal, normalize, float(negative_weight), reduction, *place)
     if sample_weight is not None or ids is not None:
         rows = row_options("z_i", z_i, z_i.shape[0], sample_weight=sample_weight, ids=ids)
-        if ids is not None and place[1]:
-            raise NotImplementedError("ids of uel_loss are not served together with a group")
         told = autograd.UELOptions(*options)._replace(reduction="none")
         return Plan(_loss, (z_i, z_j, tensor, told, rows, reduction, Where(*place)), reduction)
     args = (z_i, z_j, tensor, autograd.UELOptions(*options))
