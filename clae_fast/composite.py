@@ -81,7 +81,7 @@ class _Lse(torch.autograd.Function):
         o = None
         # Constant keys: loss and gradient in one sweep. What is constant on one rank of a group may
         # not be on another, and all must make the same sweeps.
-        if how.form == "one_way" and not need[1] and not how.where.group:
+        if how.form == "one_way" and not need[1] and isinstance(sweeps, Local):
             lse, o = sweeps.mean(q, columns, skip=how.skip, **_ids(row_ids, col_ids))
         else:
             lse = sweeps.lse(q, columns, skip=how.skip, **_ids(row_ids, col_ids))

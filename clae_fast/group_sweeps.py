@@ -39,9 +39,6 @@ class GroupSweeps(NamedTuple):
     def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         return self._run("group_lse", q, k, rules, "skip", "row_ids", "col_ids")
 
-    def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
-        return self._run("group_mean", q, k, rules, "skip", "row_ids", "col_ids")
-
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         names = ("row_lse", "row_weight", "col_lse", "col_weight")
         return self._run("group_grad", q, k, rules, "skip", "row_ids", "col_ids", *names)
@@ -106,26 +103,6 @@ def _lse(
     ids, local = _ids(row_ids, col_ids), Local(scale, scale_tensor, False, backend)
     over, _ = meet("log-sum-exps", k, local, group, exchange, call)
     return over.lse(q, k, skip=skip, **ids)
-
-
-@torch.no_grad()
-def _mean(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    scale_tensor: Tensor | None,
-    skip: str,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    group: str,
-    exchange: str,
-    call: str,
-    *,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    ids, local = _ids(row_ids, col_ids), Local(scale, scale_tensor, False, backend)
-    over, _ = meet("means of the keys", k, local, group, exchange, call)
-    return over.mean(q, k, skip=skip, **ids)
 
 
 @torch.no_grad()
@@ -242,11 +219,6 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         f"({_ROWS}, str skip, {_IDS}, {_GROUP}) -> Tensor",
         _lse,
         lambda q, *args, **kwargs: _like(q, len(q)),
-    ),
-    "group_mean": (
-        f"({_ROWS}, str skip, {_IDS}, {_GROUP}) -> (Tensor, Tensor)",
-        _mean,
-        lambda q, *args, **kwargs: (_like(q, len(q)), _like(q, *q.shape)),
     ),
     "group_grad": (
         f"({_ROWS}, str skip, {_IDS}, {_WEIGHTS}, {_GROUP}) -> Tensor",

@@ -19,9 +19,6 @@ class Sweeps(Protocol):
     def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         """`reference.pair_lse` over all columns."""
 
-    def mean(self, q: Tensor, k: Tensor, **rules: Any) -> tuple[Tensor, Tensor]:
-        """`reference.pair_mean` over all columns."""
-
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         """`reference.pair_grad` over all columns."""
 
