@@ -1,5 +1,6 @@
 """Every Triton and CUDA operator once on small, awkward shapes, for compute-sanitizer: no
-comparison, no pytest. `python bench/gpu_small.py [racecheck]` on a machine with a GPU."""
+comparison, no pytest. `python bench/gpu_small.py [racecheck] [bfloat16 ...]` on a machine with a
+GPU; with dtypes only those."""
 
 from __future__ import annotations
 
@@ -12,9 +13,14 @@ from clae_fast.kernels import _launch
 from clae_fast.ops import raw
 
 SHAPES = ((1, 3, 5), (70, 133, 40), (300, 260, 128), (40, 50, 300))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def run(device: str = "cuda", shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> int:
+def run(
+    device: str = "cuda",
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> int:
     """How many operators were called."""
     calls = 0
     _launch.MANY = 0  # sweeps that share rows and columns are for many rows: here for all
@@ -22,7 +28,7 @@ def run(device: str = "cuda", shapes: tuple[tuple[int, int, int], ...] = SHAPES)
     one_launch = cuda == "ok"
     if not one_launch:
         print(f"without the CUDA kernels: {cuda}")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in dtypes:
         for N, M, D in shapes:
             q, k = (torch.randn(n, D, device=device).to(dtype) for n in (N, M))
             both = {"need_dq": True, "need_dk": True}
@@ -65,4 +71,5 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         raise SystemExit("gpu_small.py: error: expected a GPU, and PyTorch sees none")
     some = SHAPES[1:2] if "racecheck" in sys.argv else SHAPES  # it takes 100 times as long
-    print(f"{run(shapes=some)} operators were called")
+    named = tuple(d for d in DTYPES if str(d).removeprefix("torch.") in sys.argv)
+    print(f"{run(shapes=some, dtypes=named or DTYPES)} operators were called")

@@ -42,7 +42,10 @@ def _on(x: Tensor) -> Any:
 
 @functools.cache
 def _unusable(device: int) -> str | None:
-    """Why nothing can run on that GPU: the build has no image for it, or its driver is too old."""
+    """Why nothing can run on that GPU: nothing was built, not for that GPU, or its driver is too
+    old."""
+    if reason := _extension.load():
+        return reason
     said: str = torch.ops.clae_fast_C.cuda_unusable(device)
     return f"on cuda:{device} CUDA says: {said}" if said else None
 

@@ -67,8 +67,16 @@ def _lse(
 
 
 @triton.jit
-def combine(top_ptr, total_ptr, lse_ptr, N, parts, BLOCK: tl.constexpr):
-    """The log-sum-exp of each row from maximum and sum of its parts, (parts, N), in their order."""
+def combine(
+    top_ptr, total_ptr, lse_ptr, scale, scale_ptr, n, N, parts, BLOCK: tl.constexpr,
+    MAXIMUM: tl.constexpr, ASKED: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    """The log-sum-exp of each row from maximum and sum of its parts, (parts, N), in their order; of
+    a sweep that does not serve there are no parts, and what `lse_ptr` holds stays."""
+    if ASKED:
+        t, zero, serves = start(scale, scale_ptr, n, RECIPROCAL, MAXIMUM)
+        if not serves:
+            return
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -97,7 +105,7 @@ def pair_lse(
 
 
 def row_sums(pairs: Pairs, lse: Tensor, ways: Sequence[tuple[int, bool]]) -> None:
-    """Fills `lse`, (N,) in float32; parts of it are there only if one of the ways serves."""
+    """Fills `lse`, (N,) in float32, if one of the ways serves."""
     config, N = pairs.config("sums"), pairs.N
     parts, columns = pairs.split(config)
     top, total = (pairs.new(parts, N), pairs.new(parts, N)) if parts > 1 else (None, None)
@@ -109,4 +117,8 @@ def row_sums(pairs: Pairs, lse: Tensor, ways: Sequence[tuple[int, bool]]) -> Non
             **pairs.flags, **config.run(),
         )  # fmt: skip
     if parts > 1:
-        launch(combine, (triton.cdiv(N, 256),), top, total, lse, N, parts, 256)
+        maximum, asked = ways[0] if len(ways) == 1 else (0, False)  # one of two serves
+        launch(
+            combine, (triton.cdiv(N, 256),), top, total, lse, *pairs.scale, max(N, pairs.M), N,
+            parts, 256, maximum, asked, pairs.rules["RECIPROCAL"],
+        )  # fmt: skip

@@ -3,6 +3,8 @@ memory. Left out, with a line that says so, where there is none."""
 
 import copy
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,8 +16,13 @@ from clae_fast import (
     clip_loss,
     convert_dual_batchnorm,
     cuda,
+    dcl_loss,
+    hard_negative_loss,
     info_nce_loss,
     nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+    uel_loss,
     use_backend,
     value_and_grad,
 )
@@ -45,20 +52,85 @@ SHAPES = {
 CASES = [(backend, shape) for backend, shapes in SHAPES.items() for shape in shapes]
 
 
+def check(loss, backend, shape, dtype):
+    """Value and gradients against float64; of the sum over hard pairs, as the mean's gradients in
+    float16 would be below its range."""
+    q = torch.randn(shape)
+    k = (q + 3 * torch.randn(shape)).to(dtype)
+    q = q.to(dtype)
+    call = value_and_grad(functools.partial(loss, reduction="sum"))
+    with use_backend(backend):
+        value, grads = call(q, k)
+    with use_backend("reference"):
+        expected, refs = call(q.double(), k.double())
+    assert error(value, expected) < (2e-6 if dtype == torch.float32 else GRADIENT[dtype])
+    for got, ref in zip(grads, refs, strict=True):
+        assert got.dtype == dtype
+        assert error(got, ref) < GRADIENT[dtype]
+
+
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("backend", "shape"), CASES, ids=str)
 def test_losses_against_float64(backend, shape, loss, dtype):
-    q = torch.randn(shape)
-    k = (q + torch.randn(shape)).to(dtype)
-    q = q.to(dtype)
+    check(LOSSES[loss], backend, shape, dtype)
+
+
+def some(high, n):
+    return torch.arange(n) * 7919 % high
+
+
+def sup_con(q, k, **options):
+    return sup_con_loss(torch.cat((q, k)), some(10, len(q)).repeat(2), **options)
+
+
+def with_ids(q, k, **options):
+    return nt_xent_loss(q, k, temperature=0.1, ids=some(len(q) // 2, len(q)), **options)
+
+
+def with_extra(q, k, **options):
+    extra = q.detach().flip(0)[:100] + 0.5
+    return info_nce_loss(q, k, temperature=0.1, extra_negatives=extra, **options)
+
+
+FAMILY = {
+    "siglip": functools.partial(siglip_loss, logit_scale=10.0, logit_bias=-10.0, normalize=True),
+    "sup_con": sup_con,
+    "dcl": functools.partial(dcl_loss, temperature=0.1),
+    "hard_negative": functools.partial(hard_negative_loss, temperature=0.5, beta=1.0),
+    "uel": functools.partial(uel_loss, temperature=0.1),
+    "ids": with_ids,
+    "extra_negatives": with_extra,
+    "smoothed": functools.partial(clip_loss, logit_scale=10.0, normalize=True, label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", GRADIENT, ids=str)
+@pytest.mark.parametrize("shape", [(128, 128), (2100, 100), (4096, 128), (700, 512)], ids=str)
+@pytest.mark.parametrize("loss", FAMILY)
+def test_family_against_float64(loss, shape, dtype):
+    check(FAMILY[loss], "triton", shape, dtype)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("loss", [*LOSSES, "siglip", "uel", "ids"])
+def test_compiled(loss, backend):
+    """One graph, by inductor, with the same loss and gradients."""
+    if backend == "cuda" and loss not in LOSSES:
+        backend = "auto"
+    call = functools.partial((LOSSES | FAMILY)[loss], reduction="sum")
+    q = torch.randn(256, 128, requires_grad=True)
+    k = torch.randn(256, 128, requires_grad=True)
+
+    def run(function):
+        value = function(2 * q, k)
+        return value, *torch.autograd.grad(value, (q, k))
+
     with use_backend(backend):
-        value, grads = value_and_grad(LOSSES[loss])(q, k)
-    with use_backend("reference"):
-        expected, refs = value_and_grad(LOSSES[loss])(q.double(), k.double())
-    assert error(value, expected) < (2e-6 if dtype == torch.float32 else GRADIENT[dtype])
-    for got, ref in zip(grads, refs, strict=True):
-        assert error(got, ref) < GRADIENT[dtype]
+        expected = run(call)
+        got = run(torch.compile(call, fullgraph=True))
+    for a, b in zip(got, expected, strict=True):
+        assert error(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(131_072, 131_072, 64), (1, 131_072, 128), (131_072, 1, 128)])
@@ -181,7 +253,45 @@ def test_one_launch():
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("rows", [4097, 8191])
+def test_before_anything_was_loaded():
+    """Whether one launch can hold a batch may be the first question of all."""
+    code = (
+        "import torch; from clae_fast import cuda; q = torch.randn(8, 8, device='cuda'); "
+        "print(cuda.contrast_refusal(q, q, None, 1.0))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.strip() == "None", ran.stderr
+
+
+@pytest.mark.parametrize("t", [10.0, 100.0])
+@pytest.mark.parametrize("N", [512, 8192, 8200])
+def test_operators_of_many_rows(N, t):
+    """A scale that the device alone knows, below and above where the maximum is known."""
+    q, k = (torch.nn.functional.normalize(torch.randn(N, 128), dim=1).bfloat16() for _ in range(2))
+    for form in ("nt_xent", "two_way"):
+        given = (q, k, None, 1.0, torch.tensor(t))
+        got = raw.contrast(*given, form=form, need_dq=True, need_dk=True, backend="triton")
+        refs = raw.contrast(
+            q.double(), k.double(), *given[2:4], torch.tensor(t).double(), form=form, need_dq=True,
+            need_dk=True, backend="reference",
+        )  # fmt: skip
+        for a, b, limit in zip(got[:5], refs[:5], (1e-4, 2e-6, 2e-6, 5e-3, 5e-3), strict=True):
+            if b.numel():
+                assert error(a, b) < limit
+    both = {"need_dq": True, "need_dk": True}
+    for op, args, kwargs in (
+        ("pair_mean", (q, k, t), {}),
+        ("pair_sigmoid", (q, k, t, -t), both),
+        ("pair_uel", (q, q, t, 1.0), {"need_dq": True}),
+    ):
+        got = getattr(raw, op)(*args, **kwargs, backend="triton")
+        refs = getattr(raw, op)(*(x.double() if torch.is_tensor(x) else x for x in args), **kwargs,
+                                backend="reference")  # fmt: skip
+        for a, b in zip(got, refs, strict=True):
+            assert error(a, b) < (5e-3 if b.dim() == 2 else 1e-4)
+
+
+@pytest.mark.parametrize("rows", [4097, 8191, 8192])
 def test_the_same_bits_of_shared_sweeps(rows):
     """Sums of rows and columns from one sweep: what a race would change."""
     z = torch.nn.functional.normalize(torch.randn(rows, 64), dim=1).bfloat16()

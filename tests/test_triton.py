@@ -54,6 +54,14 @@ def _device():
     torch.set_default_device(None)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_left_unwritten():
+    """Memory that is not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
     return request.param
@@ -275,7 +283,7 @@ def test_contrast(form, need, normalize, shape, dtype):
 @pytest.mark.parametrize("form", ["nt_xent", "two_way", "queue"])
 @pytest.mark.parametrize("t", [3.0, 60.0, 75.0, 300.0, -3.0])
 @pytest.mark.parametrize("by_pointer", [False, True])
-@pytest.mark.parametrize("B", [1, 5, 40, 70])
+@pytest.mark.parametrize("B", [1, 5, 64, 70])  # of 64 also the columns are split
 def test_known_maximum(form, t, by_pointer, B, monkeypatch):
     """Sums on the upper triangle, exponentials that serve rows and columns; the device decides
     where it alone knows the scale. Past 2 t + ln n = 140 every row has its own maximum."""

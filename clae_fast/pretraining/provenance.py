@@ -43,7 +43,8 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout that this package lies in, with + where files were changed."""
+    """Short hash of the checkout that this package lies in, with + where files were changed; of a
+    copy without its history what CLAE_FAST_COMMIT says."""
     root = Path(clae_fast.__file__).resolve().parent.parent
     try:
         found = subprocess.run(
@@ -53,5 +54,5 @@ def _commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("CLAE_FAST_COMMIT", "unknown")
     return found.stdout.strip()
