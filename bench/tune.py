@@ -66,6 +66,7 @@ CASES = (
     *(Case(sweep, BF16, 768) for sweep in ("sums", "triangle", "both", "wide")),
     *(Case(sweep, BF16, 256) for sweep in ("gradient", "sigmoid")),
     *(Case(sweep, BF16, 64) for sweep in ("triangle", "gradient")),
+    *(Case("wide", BF16, D) for D in (128, 256)),
     Case("sigmoid", BF16, 512),
     *(Case(sweep, F32, 128) for sweep in ("sums", "triangle", "gradient", "sigmoid", "wide")),
     *(Case(sweep, F16, 128) for sweep in ("gradient", "wide")),
