@@ -184,7 +184,7 @@ def _sentence_transformers(shape: Shape, device: str) -> Loss | None:
     return lambda *columns: loss.compute_loss_from_embeddings(list(columns), None)
 
 
-def _gpu_only(name: str, make: Callable[[Any, Shape], Loss | None]) -> Callable[..., Any]:
+def _gpu_only(name: str, make: Callable[..., Loss | None]) -> Callable[..., Any]:
     def provider(shape: Shape, device: str) -> Loss | None:
         if device == "cpu":
             raise NotHere("it runs on NVIDIA GPUs only")
@@ -222,11 +222,11 @@ def _liger(module: Any, shape: Shape) -> Loss | None:
     return _by_linear(shape, lambda q, k, target: fused(k, q, target))
 
 
-def _siglip_kernel(module: Any, shape: Shape) -> Loss | None:
+def _siglip_kernel(module: Any, shape: Shape, device: str = "cuda") -> Loss | None:
     if shape.kind != "siglip":
         return None
     # It asks for tensors, and finds their gradients whether or not they are wanted.
-    scale, bias = (torch.tensor(x, device="cuda") for x in (-math.log(shape.temperature), BIAS))
+    scale, bias = (torch.tensor(x, device=device) for x in (-math.log(shape.temperature), BIAS))
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)

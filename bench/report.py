@@ -123,7 +123,8 @@ def family_words(result: Result) -> str:
         "The family, put together from sweeps of several operators, and the losses above with "
         "options; measured and checked in the same way. Needed products: S and both gradients' for "
         "SigLIP and for extra negatives (which get theirs), S and one gradient's else. "
-        "The drop-ins of `clae_fast.compat` call these functions: a row is theirs too."
+        "The drop-ins of `clae_fast.compat` for lightly, open_clip, SupContrast and "
+        "sentence-transformers call these functions: the rows are theirs too."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -129,7 +130,7 @@ def _of_views(
         importance = (BETA * s).exp().masked_fill(own, 0.0)
         hard = count * (importance * negatives).sum(1) / importance.sum(1)
         rest = (hard - TAU_PLUS * count * pos) / (1 - TAU_PLUS)
-        rest = rest.clamp(min=count * torch.exp(s.new_tensor(-t)))
+        rest = rest.clamp(min=count * math.exp(-t))
         return torch.log1p(rest / pos).mean()
 
     return {
