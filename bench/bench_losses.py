@@ -83,7 +83,7 @@ def graphed(name: str) -> bool:
     return is_ours(name) or name in GRAPH_PROVIDERS
 
 
-def ways(losses, held, graphs=False):
+def ways(losses, held, shape, graphs=False):
     """{(mode, provider): call}; a call returns the loss, and the gradients if it has any."""
 
     def forward(loss):
@@ -93,9 +93,11 @@ def ways(losses, held, graphs=False):
     calls = {}
     for name, loss in losses.items():
         calls["forward", name] = functools.partial(forward, loss)
-        calls["forward+backward", name] = lambda loss=loss: gradients(loss, held["xs"])
+        calls["forward+backward", name] = lambda loss=loss: gradients(
+            loss, held["xs"], shape.learned
+        )
         if is_ours(name):
-            fused = clae_fast.value_and_grad(loss, argnums=(0, 1))
+            fused = clae_fast.value_and_grad(loss, argnums=range(shape.learned))
             calls["value_and_grad", name] = lambda fused=fused: fused(*held["xs"])
         if graphs and graphed(name):
             whole = "value_and_grad" if is_ours(name) else "forward+backward"
@@ -116,7 +118,9 @@ def gate(shape: Shape, calls, held, device):
             if device == "cuda":  # what a loss too large for the card has left there
                 torch.cuda.empty_cache()
             continue
-        errors[key] = truth.of_loss(value) if grads is None else truth.of(value, grads[:2])
+        errors[key] = (
+            truth.of_loss(value) if grads is None else truth.of(value, grads[: shape.learned])
+        )
         if reason := errors[key].wrong(shape):
             wrong[key] = reason
     return wrong, errors
@@ -128,7 +132,8 @@ def measure(bench, shape: Shape) -> Measured:
         held = {}
         # PyTorch compiles one function 8 times at most, then runs it as it is: begin anew.
         torch.compiler.reset()
-        calls = ways(available(shape, bench.device), held, replays(shape, bench.device))
+        graphs = replays(shape, bench.device)
+        calls = ways(available(shape, bench.device), held, shape, graphs)
         wrong, errors = gate(shape, calls, held, bench.device)
 
         def prepare(seed):
@@ -153,9 +158,9 @@ def measure(bench, shape: Shape) -> Measured:
 def test_loss(case, bench, benchmark):
     shape, mode, name = case
     found = measure(bench, shape)
-    benchmark.group = f"{shape.name} ({shape.loss}), {mode}"
+    benchmark.group = f"{shape.name} ({shape.kind}), {mode}"
     record = {
-        "kind": "loss", "shape": shape.name, "loss": shape.loss, "rows": shape.rows,
+        "kind": "loss", "shape": shape.name, "loss": shape.kind, "rows": shape.rows,
         "columns": shape.columns, "width": shape.width,
         "dtype": str(shape.dtype).removeprefix("torch."), "mode": mode, "provider": name,
     }  # fmt: skip
@@ -174,8 +179,7 @@ def test_loss(case, bench, benchmark):
     times = found.times[key]
     REPLAY.play(benchmark, times)
     seconds = statistics.median(times)
-    # Work that no plan can do without: S and G Z (two sides of S for a loss over two sets).
-    gemms = 1 if mode == "forward" else 2 if shape.stacked or shape.queue else 3
+    gemms = 1 if mode == "forward" else shape.gemms
     rate = gemms * shape.gemm_flops / seconds
     record |= {
         "seconds": seconds, "rounds": len(times), "gflops": rate / 1e9,

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from own import own
 from shapes import Shape
 from torch import Tensor
 
-from clae_fast import reference, uel_loss
+from clae_fast import reference
 
+BY_SWEEPS = ("nt_xent", "info_nce", "info_nce, queue", "clip")  # `_truth` of all others: autograd
 FULL_UP_TO = 4096  # rows of S; above, the gradients of 256 of them are looked at
 SAMPLE = 256
 # float32 explains 2e-5 at the scales of the shapes; weights or rows rounded to 16 bits, with exact
@@ -30,24 +32,26 @@ def inputs(shape: Shape, seed: int = 0, device: str = "cpu") -> list[Tensor]:
 
     q = random(shape.pairs)
     found = [q, q + shape.noise * random(shape.pairs)]
-    if shape.queue:
-        found.append(random(shape.queue))
+    if shape.queue or shape.extra:
+        found.append(random(shape.queue or shape.extra))
     return [x.to(shape.dtype) for x in found]
 
 
-def gradients(loss: Callable[..., Tensor], xs: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss and the gradients of the first two inputs (a queue needs none)."""
-    leaves = [x.detach().requires_grad_(i < 2) for i, x in enumerate(xs)]
+def gradients(
+    loss: Callable[..., Tensor], xs: list[Tensor], learned: int = 2
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss and the gradients of the first inputs, `shape.learned` of them."""
+    leaves = [x.detach().requires_grad_(i < learned) for i, x in enumerate(xs)]
     value = loss(*leaves)
     value.backward()
-    return value.detach(), [x.grad for x in leaves[:2]]
+    return value.detach(), [x.grad for x in leaves[:learned]]
 
 
 class Errors(NamedTuple):
     """Of one way of calling a provider; None: that way gives no gradient."""
 
     loss: float  # |loss - truth| / max(|truth|, 1)
-    gradient: float | None  # the larger of ||dq - truth|| / ||truth|| and the same of dk
+    gradient: float | None  # the largest of ||dx - truth|| / ||truth|| of the inputs
 
     def wrong(self, shape: Shape) -> str | None:
         """What is off by more than the dtype explains, or None."""
@@ -65,12 +69,10 @@ class Truth:
     """Loss and gradient rows of a shape in float64, once for all providers."""
 
     def __init__(self, shape: Shape, device: str = "cpu") -> None:
-        begin, count = 0, shape.pairs
-        if shape.rows > FULL_UP_TO:
-            begin, count = shape.pairs // 3, SAMPLE
-        self.rows = slice(begin, begin + count)
+        begin = shape.pairs // 3 if shape.rows > FULL_UP_TO else 0
+        self.rows = slice(begin, begin + SAMPLE if begin else None)
         self.inputs = inputs(shape, device=device)
-        loss, *grads = _truth(shape, [x.double() for x in self.inputs], self.rows)
+        loss, grads = _truth(shape, [x.double() for x in self.inputs], self.rows)
         self.loss, self.gradients = loss, [g.cpu() for g in grads]
 
     def of_loss(self, value: Tensor) -> Errors:
@@ -78,7 +80,7 @@ class Truth:
         return Errors(abs(float(value) - self.loss) / max(abs(self.loss), 1.0), None)
 
     def of(self, value: Tensor, grads: Sequence[Tensor | None]) -> Errors:
-        """Errors of a loss and the gradients of the first two inputs."""
+        """Errors of a loss and the gradients of the first inputs."""
         errors = []
         for x, truth in zip(grads, self.gradients, strict=True):
             if x is None:
@@ -89,15 +91,15 @@ class Truth:
         return Errors(self.of_loss(value).loss, max(errors))
 
 
-def _truth(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[float, Tensor, Tensor]:
-    """The mean loss, and those rows of dq and dk, by the pair operators of the specification: all
-    log-sum-exps, then the rows alone. UEL, whose operator is no sum of them: autograd through the
-    specification.
+def _truth(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[float, list[Tensor]]:
+    """The mean loss, and those rows of the gradients, by the pair operators of the specification:
+    all log-sum-exps, then the rows alone. UEL, whose operator is no sum of them, and the family:
+    autograd through the specification, all rows.
     """
-    if shape.loss == "uel":
-        loss = functools.partial(uel_loss, temperature=shape.temperature, backend="reference")
-        value, grads = gradients(loss, xs)
-        return float(value), *(x[rows] for x in grads if x is not None)
+    if shape.kind not in BY_SWEEPS:
+        loss = own(shape, "reference", str(xs[0].device))
+        value, grads = gradients(loss, xs, shape.learned)
+        return float(value), [x[rows] for x in grads if x is not None]
     t, B = 1 / shape.temperature, shape.pairs
     q, k, *n = (F.normalize(x, dim=1) for x in xs)
     cos = (q * k).sum(1)
@@ -137,7 +139,7 @@ def _truth(shape: Shape, xs: list[Tensor], rows: slice) -> tuple[float, Tensor, 
         radial = (dz * mine[rows]).sum(1, keepdim=True) * mine[rows]
         found.append((dz - radial) / x[rows].norm(dim=1, keepdim=True))
     loss = float(torch.logaddexp(margin, torch.zeros_like(margin)).mean())
-    return loss, found[0], found[1]
+    return loss, found
 
 
 def _sweep(

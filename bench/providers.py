@@ -9,18 +9,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
+from own import operator, own
+from shapes import BIAS, FUSED_KINDS, SIGMA, Shape
 from torch import Tensor
+from written_out import Loss, dense
 
 import clae_fast
 from clae_fast import cuda
-
-Loss = Callable[..., Tensor]
 
 
 class NotHere(Exception):
@@ -42,54 +43,12 @@ class Provider(NamedTuple):
 # ------------------------------------------------------------------------------- written out
 
 
-def dense(shape: Shape, widen: bool = True) -> Loss:
-    """The formula in plain PyTorch, as one would write it today; half precision in float32, but for
-    the products if they are not to be widened."""
-    t, half = 1 / shape.temperature, shape.dtype in (torch.float16, torch.bfloat16)
-
-    def wide(s: Tensor) -> Tensor:
-        return s.float() if half else s
-
-    def nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
-        z = F.normalize(torch.cat((z_i, z_j)), dim=1)
-        s = wide(z @ z.T) * t
-        s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
-        return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z) // 2))
-
-    def info_nce(q: Tensor, k: Tensor) -> Tensor:
-        s = wide(F.normalize(q, dim=1) @ F.normalize(k, dim=1).T) * t
-        return F.cross_entropy(s, torch.arange(len(q), device=q.device))
-
-    def queue(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
-        q, k, n = (F.normalize(x, dim=1) for x in (q, k, negatives))
-        s = wide(torch.cat(((q * k).sum(1, keepdim=True), q @ n.T), 1)) * t
-        return F.cross_entropy(s, torch.zeros(len(q), dtype=torch.long, device=q.device))
-
-    def clip(x: Tensor, y: Tensor) -> Tensor:
-        s = wide(F.normalize(x, dim=1) @ F.normalize(y, dim=1).T) * t
-        target = torch.arange(len(x), device=x.device)
-        return (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
-
-    def uel(z_i: Tensor, z_j: Tensor) -> Tensor:
-        z = F.normalize(torch.cat((z_i, z_j)), dim=1)
-        s = wide(z @ z.detach().T) * t
-        s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
-        log_p, rows = F.log_softmax(s, dim=1), torch.arange(len(z), device=z.device)
-        twins = rows.roll(len(z) // 2)
-        others = torch.log1p(-log_p.exp()).index_put((rows, twins), log_p.new_zeros(()))
-        return -(log_p[rows, twins] + others.sum(1)).mean()
-
-    losses: dict[str, Loss] = {"nt_xent": nt_xent, "info_nce": info_nce, "uel": uel, "clip": clip}
-    loss = queue if shape.queue else losses[shape.loss]
-    return (lambda *xs: loss(*(x.float() for x in xs))) if half and widen else loss
-
-
 def _eager(shape: Shape, device: str) -> Loss:
-    return dense(shape)
+    return dense(shape, device=device)
 
 
 def _compiled(shape: Shape, device: str) -> Loss:
-    compiled: Loss = torch.compile(dense(shape), dynamic=False)
+    compiled: Loss = torch.compile(dense(shape, device=device), dynamic=False)
     return compiled
 
 
@@ -97,7 +56,9 @@ def _reduce_overhead(shape: Shape, device: str) -> Loss | None:
     """Compiled, and replayed as CUDA graphs by PyTorch itself."""
     if device == "cpu":
         return None
-    compiled: Loss = torch.compile(dense(shape), dynamic=False, mode="reduce-overhead")
+    compiled: Loss = torch.compile(
+        dense(shape, device=device), dynamic=False, mode="reduce-overhead"
+    )
     return compiled
 
 
@@ -106,7 +67,7 @@ def _sixteen_bits(shape: Shape, device: str) -> Loss | None:
     worth."""
     if device == "cpu" or shape.dtype == torch.float32:
         return None
-    compiled: Loss = torch.compile(dense(shape, widen=False), dynamic=False)
+    compiled: Loss = torch.compile(dense(shape, widen=False, device=device), dynamic=False)
     return compiled
 
 
@@ -114,11 +75,18 @@ def _linear_cross_entropy(shape: Shape, device: str) -> Loss | None:
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise NotHere(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    if shape.loss != "info_nce" or shape.queue:
-        return None  # it cannot leave a row's own column out, nor add a column of its own
+    # It cannot leave a row's own column out, nor add a column of its own.
+    return _by_linear(shape, function)
 
-    def loss(q: Tensor, k: Tensor) -> Tensor:
-        q, k = F.normalize(q, dim=1) / shape.temperature, F.normalize(k, dim=1)
+
+def _by_linear(shape: Shape, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Loss | None:
+    """InfoNCE by the fused last layer of a language model, (hidden, weight, target) to the mean
+    loss: the keys are its weight."""
+    if shape.kind not in ("info_nce", "info_nce, extra negatives"):
+        return None
+
+    def loss(q: Tensor, *keys: Tensor) -> Tensor:
+        q, k = F.normalize(q, dim=1) / shape.temperature, F.normalize(torch.cat(keys), dim=1)
         out: Tensor = function(q, k, torch.arange(len(q), device=q.device))
         return out
 
@@ -129,14 +97,18 @@ def _linear_cross_entropy(shape: Shape, device: str) -> Loss | None:
 
 
 def _ours(backend: str, shape: Shape, device: str) -> Loss | None:
-    operator = "pair_uel" if shape.loss == "uel" else "contrast"
-    state = clae_fast.available_backends()[operator][backend]
+    state = clae_fast.available_backends()[operator(shape)][backend]
+    if backend == "cuda" and operator(shape) != "contrast":
+        return None  # no other operator has such a kernel
     if state != "ok":
         raise NotHere(state)
     if (backend == "cpp") != (device == "cpu") and backend != "reference":
         raise NotHere(f"it does not run on {device}")
-    if backend == "reference" and shape.rows * shape.columns > 2**24:
-        return None  # the specification, chunk by chunk; its time says nothing more
+    # The specification, chunk by chunk: its time says nothing more, and of the family it is the
+    # gate's truth besides.
+    most = 2**24 if shape.kind in FUSED_KINDS else 2**20
+    if backend == "reference" and shape.rows * shape.columns > most:
+        return None
     if backend == "cuda":
         forms = {"nt_xent": "nt_xent", "clip": "two_way", "info_nce": "one_way"}
         q, k = (torch.empty(shape.pairs, shape.width, dtype=shape.dtype, device=device)
@@ -144,18 +116,7 @@ def _ours(backend: str, shape: Shape, device: str) -> Loss | None:
         needs = {"need_dq": True, "need_dk": True, "form": forms[shape.loss]}
         if shape.queue or cuda.contrast_refusal(q, k, None, 1.0, **needs) is not None:
             return None  # larger than one launch can hold
-    options: dict[str, Any] = {"backend": backend}
-    if shape.loss == "clip":
-        return functools.partial(
-            clae_fast.clip_loss, logit_scale=1 / shape.temperature, normalize=True, **options
-        )
-    functions: dict[str, Loss] = {
-        "nt_xent": clae_fast.nt_xent_loss,
-        "info_nce": clae_fast.info_nce_loss,
-        "uel": clae_fast.uel_loss,
-    }
-    function = functions[shape.loss]
-    return functools.partial(function, temperature=shape.temperature, **options)
+    return own(shape, backend, device)
 
 
 # --------------------------------------------------------------------------------------- peers
@@ -170,47 +131,63 @@ def module(name: str) -> Any:
 
 
 def _lightly(shape: Shape, device: str) -> Loss | None:
-    if shape.loss != "nt_xent":
+    classes = {"nt_xent": "NTXentLoss", "dcl": "DCLLoss", "dcl, weighted": "DCLWLoss"}
+    if shape.kind not in classes or shape.rows > 4096:  # several copies of S at once
         return None
-    if shape.rows > 4096:  # several copies of S at once
-        return None
-    loss: Loss = module("lightly.loss").NTXentLoss(temperature=shape.temperature)
+    options = {"temperature": shape.temperature} | ({"sigma": SIGMA} if shape.weighted else {})
+    loss: Loss = getattr(module("lightly.loss"), classes[shape.kind])(**options)
     return loss
 
 
 def _metric_learning(shape: Shape, device: str) -> Loss | None:
     losses = module("pytorch_metric_learning.losses")
-    if shape.loss != "nt_xent" or shape.rows > 2048:  # a mask of pairs x pairs
+    if shape.kind not in ("nt_xent", "sup_con") or shape.rows > 2048:  # a mask of pairs x pairs
         return None
-    loss: Loss = losses.SelfSupervisedLoss(losses.SupConLoss(temperature=shape.temperature))
-    return loss
+    # Its mean leaves out rows whose loss is 0, ours only counts them: with two views of each sample
+    # there are none.
+    loss: Loss = losses.SupConLoss(temperature=shape.temperature)
+    if shape.kind == "nt_xent":
+        views: Loss = losses.SelfSupervisedLoss(loss)
+        return views
+    labels = shape.ids(device).repeat(2)
+    return lambda z_i, z_j: loss(torch.cat((z_i, z_j)), labels)
 
 
 def _info_nce_pytorch(shape: Shape, device: str) -> Loss | None:
-    if shape.loss != "info_nce":
+    if shape.kind not in ("info_nce", "info_nce, queue"):
         return None
     loss: Loss = module("info_nce").InfoNCE(temperature=shape.temperature)
     return loss
 
 
 def _infonce(shape: Shape, device: str) -> Loss | None:
-    if shape.loss != "nt_xent":
-        return None
-    if shape.rows > 4096:
+    if shape.kind != "nt_xent" or shape.rows > 4096:
         return None
     loss = module("infonce").InfoNCE(temperature=shape.temperature)
     return lambda z_i, z_j: loss(torch.cat((z_i, z_j)))
 
 
 def _open_clip(shape: Shape, device: str) -> Loss | None:
-    if shape.loss != "clip":
+    if shape.kind not in ("clip", "siglip"):
         return None
-    loss = module("open_clip.loss").ClipLoss()
-    scale = torch.tensor(1 / shape.temperature, device=device)
-    return lambda x, y: loss(F.normalize(x, dim=1), F.normalize(y, dim=1), scale)
+    losses = module("open_clip.loss")
+    scale = [torch.tensor(1 / shape.temperature, device=device)]
+    if shape.kind == "siglip":
+        scale.append(torch.tensor(BIAS, device=device))
+    loss = losses.SigLipLoss() if shape.kind == "siglip" else losses.ClipLoss()
+    return lambda x, y: loss(F.normalize(x, dim=1), F.normalize(y, dim=1), *scale)
 
 
-def _gpu_only(name: str, make: Callable[[Any, Shape], Loss | None]) -> Callable[..., Any]:
+def _sentence_transformers(shape: Shape, device: str) -> Loss | None:
+    if shape.kind not in ("info_nce", "info_nce, extra negatives"):
+        return None
+    losses = module("sentence_transformers.sentence_transformer.losses")
+    # Of embeddings: the model before them is not called.
+    loss = losses.MultipleNegativesRankingLoss(torch.nn.Identity(), scale=1 / shape.temperature)
+    return lambda *columns: loss.compute_loss_from_embeddings(list(columns), None)
+
+
+def _gpu_only(name: str, make: Callable[..., Loss | None]) -> Callable[..., Any]:
     def provider(shape: Shape, device: str) -> Loss | None:
         if device == "cpu":
             raise NotHere("it runs on NVIDIA GPUs only")
@@ -240,32 +217,26 @@ def _inf_cl(module: Any, shape: Shape) -> Loss | None:
 
 
 def _cut_cross_entropy(module: Any, shape: Shape) -> Loss | None:
-    if shape.loss != "info_nce" or shape.queue:
-        return None
-
-    def loss(q: Tensor, k: Tensor) -> Tensor:
-        q, k = F.normalize(q, dim=1) / shape.temperature, F.normalize(k, dim=1)
-        out: Tensor = module.linear_cross_entropy(q, k, torch.arange(len(q), device=q.device))
-        return out
-
-    return loss
+    return _by_linear(shape, module.linear_cross_entropy)
 
 
 def _liger(module: Any, shape: Shape) -> Loss | None:
-    if shape.loss != "info_nce" or shape.queue:
-        return None
     fused = module.LigerFusedLinearCrossEntropyLoss()
+    return _by_linear(shape, lambda q, k, target: fused(k, q, target))
 
-    def loss(q: Tensor, k: Tensor) -> Tensor:
-        q, k = F.normalize(q, dim=1) / shape.temperature, F.normalize(k, dim=1)
-        out: Tensor = fused(k, q, torch.arange(len(q), device=q.device))
+
+def _siglip_kernel(module: Any, shape: Shape, device: str = "cuda") -> Loss | None:
+    if shape.kind != "siglip":
+        return None
+    # It asks for tensors, and finds their gradients whether or not they are wanted.
+    scale, bias = (torch.tensor(x, device=device) for x in (-math.log(shape.temperature), BIAS))
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+        out: Tensor = module.fused_siglip_loss(x, y, scale, bias)
         return out
 
     return loss
-
-
-def _sigmoid_only(module: Any, shape: Shape) -> Loss | None:
-    raise NotHere("its loss is SigLIP's, and no shape asks for that")
 
 
 PROVIDERS = (
@@ -283,9 +254,10 @@ PROVIDERS = (
     Provider("info-nce-pytorch", _info_nce_pytorch, "info-nce-pytorch"),
     Provider("infonce", _infonce, "infonce"),
     Provider("open_clip", _open_clip, "open-clip-torch"),
+    Provider("sentence-transformers", _sentence_transformers, "sentence-transformers"),
     Provider("memeff", _gpu_only("memeff", _memeff), "memeff"),
     Provider("inf-cl", _gpu_only("inf_cl", _inf_cl), "inf-cl"),
-    Provider("siglip-kernel", _gpu_only("siglip_kernel", _sigmoid_only), "siglip-kernel"),
+    Provider("siglip-kernel", _gpu_only("siglip_kernel", _siglip_kernel), "siglip-kernel"),
     Provider(
         "cut-cross-entropy",
         _gpu_only("cut_cross_entropy", _cut_cross_entropy),
@@ -298,6 +270,10 @@ PROBES = (
     Shape("probe-info_nce", "info_nce", 4, 128),
     Shape("probe-uel", "uel", 4, 128),
     Shape("probe-clip", "clip", 4, 128),
+    Shape("probe-siglip", "siglip", 4, 128),
+    Shape("probe-sup_con", "sup_con", 4, 128, classes=2),
+    Shape("probe-dcl", "dcl", 4, 128),
+    Shape("probe-hard_negative", "hard_negative", 4, 128),
 )
 
 

@@ -25,6 +25,7 @@ from results_file import (
     ours_of,
     own,
 )
+from shapes import FUSED_KINDS
 
 from clae_fast.pretraining.files import write_whole
 
@@ -74,7 +75,8 @@ def label(shape: str, mine: str, result: Result) -> str:
     return shape if mine == ours_of(result) else f"{shape} ({mine})"
 
 
-def loss_table(result: Result) -> list[str]:
+def loss_table(result: Result, family: bool = False) -> list[str]:
+    """Of the losses that one operator computes, or of those put together from several."""
     mine = ours_of(result)
     fused = losses(result, "value_and_grad")
     lines = [
@@ -85,7 +87,7 @@ def loss_table(result: Result) -> list[str]:
     ]
     for shape, by_name in losses(result, "forward+backward").items():
         ours = by_name.get(mine := own(by_name))
-        if ours is None:
+        if ours is None or (ours["loss"] not in FUSED_KINDS) is not family:
             continue
         best = best_other(ours, by_name)
         share, error = "-", ours.get("gradient_error")
@@ -104,8 +106,26 @@ def loss_table(result: Result) -> list[str]:
             "-" if error is None else f"{error:.0e}",
             share,
         ]
+        if family:
+            cells[0] += f": {ours['loss']}"
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return lines if len(lines) > 2 or not family else []
+
+
+def family_table(result: Result) -> list[str]:
+    return loss_table(result, family=True)
+
+
+def family_words(result: Result) -> str:
+    if not family_table(result):
+        return ""
+    return (
+        "The family, put together from sweeps of several operators, and the losses above with "
+        "options; measured and checked in the same way. Needed products: S and both gradients' for "
+        "SigLIP and for extra negatives (which get theirs), S and one gradient's else. "
+        "The drop-ins of `clae_fast.compat` for lightly, open_clip, SupContrast and "
+        "sentence-transformers call these functions: the rows are theirs too."
+    )
 
 
 def size(record: dict[str, Any]) -> str:
@@ -257,6 +277,8 @@ def block(result: Result, images: list[str]) -> str:
         "and a noisy neighbour at the wrong moment lift it past 100 %. What computes in bfloat16 "
         "throughout is off by more than the limit for bfloat16 inputs, 5e-3 of the gradient.",
         "\n".join(loss_table(result)),
+        family_words(result),
+        "\n".join(family_table(result)),
         "\n".join([*peers(result), *wrong(result)]),
         "\n".join(forward_table(result)),
         step_words(result),
@@ -291,7 +313,8 @@ def insert(text: str, result: Result) -> str:
 
 
 TABLES = (
-    loss_table, peers, wrong, forward_table, step_table, memory_table, sign_step_table, goal_table,
+    loss_table, family_table, peers, wrong, forward_table, step_table, memory_table,
+    sign_step_table, goal_table,
 )  # fmt: skip
 
 

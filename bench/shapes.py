@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Shape(NamedTuple):
-    """`pairs` embeddings of `width` on each side; `queue` shared negatives (info_nce only).
+    """`pairs` embeddings of `width` on each side; `queue` shared negatives in the place of the
+    batch's, `extra` beside them (info_nce only), which get their gradient.
 
     A key is its query plus `noise` times as much noise: at a high scale the pairs must be hard, or
     the gradient is 0 to every digit and nothing can be compared.
     """
 
     name: str
-    loss: str  # nt_xent, info_nce, uel or clip
+    loss: str  # nt_xent, info_nce, uel, clip, siglip, sup_con, dcl or hard_negative
     pairs: int
     width: int
     temperature: float = 0.1
@@ -23,6 +25,30 @@ class Shape(NamedTuple):
     noise: float = 1.0
     quick: bool = False
     dtype: torch.dtype = torch.float32
+    extra: int = 0
+    classes: int = 0  # so many ids: sup_con's labels; of nt_xent's pairs that are no negatives
+    weighted: bool = False  # dcl as DCLW
+
+    @property
+    def kind(self) -> str:
+        """The function: the loss and what it is asked for."""
+        asked = {
+            "queue": self.queue,
+            "extra negatives": self.extra,
+            "ids": self.classes and self.loss != "sup_con",
+            "weighted": self.weighted,
+        }
+        return ", ".join((self.loss, *(name for name, there in asked.items() if there)))
+
+    def ids(self, device: str) -> Tensor:
+        """(pairs,): the same for all rounds, as how many are equal decides about the work."""
+        g = torch.Generator().manual_seed(0)
+        return torch.randint(self.classes, (self.pairs,), generator=g).to(device)
+
+    @property
+    def learned(self) -> int:
+        """How many of the inputs get a gradient: a queue needs none."""
+        return 3 if self.extra else 2
 
     @property
     def rows(self) -> int:
@@ -32,11 +58,18 @@ class Shape(NamedTuple):
     @property
     def stacked(self) -> bool:
         """Whether the rows are both views, one above the other."""
-        return self.loss in ("nt_xent", "uel")
+        return self.loss in ("nt_xent", "uel", "sup_con", "dcl", "hard_negative")
 
     @property
     def columns(self) -> int:
-        return self.queue or self.rows
+        return self.queue or self.rows + self.extra
+
+    @property
+    def gemms(self) -> int:
+        """Products of all pairs that no plan for loss and gradients can do without: S, and one for
+        each set of rows that gets a gradient. One set is both sides of S: its gradient is
+        (G + G^T) Z, whatever the loss makes of S, and what rows of equal ids add is O(N D)."""
+        return 2 if self.stacked or self.queue else 3
 
     @property
     def gemm_flops(self) -> float:
@@ -64,6 +97,19 @@ SHAPES = (
     Shape("clip-2048-d512", "clip", 2048, 512, temperature=0.07),
     Shape("clip-4096-d768", "clip", 4096, 768, temperature=0.07),
     Shape("clip-1024-d512-scale100", "clip", 1024, 512, 0.01, noise=5.0),  # CLIP's clamp
+    # The family: losses put together from sweeps, and the fused ones with options.
+    Shape("siglip-256-d512", "siglip", 256, 512, quick=True),
+    Shape("siglip-2048-d512", "siglip", 2048, 512),
+    Shape("supcon-256", "sup_con", 128, 128, quick=True, classes=10),
+    Shape("supcon-2048", "sup_con", 1024, 128, classes=10),
+    Shape("dcl-256", "dcl", 128, 128, quick=True),
+    Shape("dcl-2048", "dcl", 1024, 128),
+    Shape("dclw-2048", "dcl", 1024, 128, weighted=True),
+    Shape("hcl-512", "hard_negative", 256, 128, temperature=0.5, quick=True),
+    Shape("hcl-2048", "hard_negative", 1024, 128, temperature=0.5),
+    Shape("ids-2048", "nt_xent", 1024, 128, classes=512),
+    # MultipleNegativesRankingLoss at its scale of 20, each query with a hard negative.
+    Shape("mnrl-512-d768", "info_nce", 512, 768, 0.05, noise=5.0, extra=512, quick=True),
 )
 BY_NAME = {shape.name: shape for shape in SHAPES}
 GPU_SHAPES = tuple(
@@ -78,10 +124,17 @@ GPU_SHAPES = tuple(
         Shape("clae-uel-2048", "uel", 1024, 128),
         *(BY_NAME[name] for name in ("queue-65536", "clip-4096-d768")),
         BY_NAME["clip-1024-d512-scale100"],
+        Shape("siglip-4096-d512", "siglip", 4096, 512),
+        Shape("supcon-4096", "sup_con", 2048, 128, classes=10),
+        *(BY_NAME[name] for name in ("dcl-2048", "hcl-2048")),
+        Shape("siglip-32768-d512", "siglip", 32768, 512),
     )
 )
 
-
+FUSED_KINDS = ("nt_xent", "info_nce", "info_nce, queue", "uel", "clip")  # one operator each
+# What the shapes do not vary: SigLIP's bias at the start of training, DCLW's sigma and HCL's beta
+# and tau_plus as published.
+BIAS, SIGMA, BETA, TAU_PLUS = -10.0, 0.5, 1.0, 0.1
 GRAPH = "graph replay"  # a mode: loss and gradients as a CUDA graph, where launches are the cost
 
 

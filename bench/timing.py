@@ -123,7 +123,8 @@ def bare_products(shape: Shape, inputs: Sequence[torch.Tensor]) -> list[torch.Te
     q, k, *negatives = inputs
     if shape.stacked:
         q = k = torch.cat((q, k))
-    k = negatives[0] if negatives else k
+    if negatives:
+        k = negatives[0] if shape.queue else torch.cat((k, *negatives))
     s = q @ k.T
     return [s @ k, s.T @ q]
 

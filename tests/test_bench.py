@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import clae_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 
@@ -22,8 +24,8 @@ def bench():
     """The modules of bench/, which import each other by their bare names."""
     sys.path.insert(0, str(BENCH))
     names = (
-        "shapes", "gate", "providers", "timing", "replay", "goals", "results_file", "plots",
-        "report",
+        "shapes", "written_out", "own", "gate", "providers", "timing", "replay", "goals",
+        "results_file", "plots", "report",
     )  # fmt: skip
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(BENCH))
@@ -47,7 +49,11 @@ def quick(tmp_path_factory):
 def test_quick_runs_and_every_gradient_is_right(quick, bench):
     text, result = quick
     losses = [r for r in result["records"] if r["kind"] == "loss"]
-    assert {r["shape"] for r in losses} == {s.name for s in bench["shapes"].SHAPES if s.quick}
+    shapes = bench["shapes"].SHAPES
+    assert {r["shape"] for r in losses} == {s.name for s in shapes if s.quick}
+    assert {s.loss for s in shapes} == {s.loss for s in shapes if s.quick}
+    functions = {name.removesuffix("_loss") for name in clae_fast.__all__ if name.endswith("_loss")}
+    assert {s.loss for s in shapes} == functions
     steps = [(r["dtype"], r["layout"]) for r in result["records"] if r["kind"] == "sign_step"]
     assert tuple(steps) == bench["shapes"].SIGN_STEPS
     ours = [r for r in losses if r["provider"] == "clae_fast-cpp"]
@@ -104,21 +110,113 @@ for rows in range(4, 24):
         assert ("recompile_limit" in ran.stderr and ran.returncode != 0) is fails, ran.stderr
 
 
-def test_what_is_wrong(bench):
-    gate, shapes, providers = bench["gate"], bench["shapes"], bench["providers"]
-    shape = shapes.Shape("small", "nt_xent", 20, 8)
-    truth, good = gate.Truth(shape), providers.dense(shape)
+def kinds(bench):
+    """A small shape of each function that is measured."""
+    small = {}
+    for shape in bench["shapes"].SHAPES:
+        small[shape.kind] = shape._replace(
+            name=f"small {shape.kind}", pairs=20, width=8, temperature=max(shape.temperature, 0.1),
+            noise=1.0, queue=min(shape.queue, 30), extra=min(shape.extra, 25),
+            classes=min(shape.classes, 10), dtype=torch.float32,
+        )  # fmt: skip
+    return small
+
+
+KINDS = (
+    "nt_xent", "nt_xent, ids", "info_nce", "info_nce, queue", "info_nce, extra negatives", "uel",
+    "clip", "siglip", "sup_con", "dcl", "dcl, weighted", "hard_negative",
+)  # fmt: skip
+
+
+def test_the_kinds(bench):
+    """Each is measured, in the truth of the gate by one way, and has a table of the report."""
+    assert kinds(bench).keys() == set(KINDS)
+    fused = bench["shapes"].FUSED_KINDS
+    assert set(KINDS) >= set(fused) >= set(bench["gate"].BY_SWEEPS)
+    for kind, shape in kinds(bench).items():
+        assert (bench["own"].operator(shape) in ("contrast", "pair_uel")) is (kind in fused)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_wrong(kind, bench):
+    gate, shape = bench["gate"], kinds(bench)[kind]
+    truth, good = gate.Truth(shape), bench["providers"].dense(shape)
 
     def verdict(loss):
-        return truth.of(*gate.gradients(loss, truth.inputs)).wrong(shape)
+        return truth.of(*gate.gradients(loss, truth.inputs, shape.learned)).wrong(shape)
 
     assert verdict(good) is None
-    assert "gradient error" in verdict(lambda a, b: good(a, b) + 1e-4 * (b - b.detach()).sum())
-    assert "gradient error" in verdict(lambda a, b: good(a, b) + 1e-4 * (a - a.detach()).sum())
-    assert "gradient error inf" in verdict(lambda a, b: good(a, b.detach()))  # no dk at all
-    assert "loss error" in verdict(lambda a, b: good(a, b) + 1e-4)
-    assert "loss error nan" in verdict(lambda a, b: good(a, b) * torch.nan)
-    assert "loss error" in truth.of_loss(good(*truth.inputs) + 1e-4).wrong(shape)
+    for i in range(shape.learned):
+        assert "gradient error" in verdict(
+            lambda *xs, i=i: good(*xs) + 1e-4 * (xs[i] - xs[i].detach()).sum()
+        )
+        assert (
+            "gradient error inf"
+            in verdict(  # no gradient of that one at all
+                lambda *xs, i=i: good(*xs[:i], xs[i].detach(), *xs[i + 1 :])
+            )
+        )
+    assert "loss error" in verdict(lambda *xs: good(*xs) + 1e-4 * float(truth.loss + 5))
+    assert "loss error nan" in verdict(lambda *xs: good(*xs) * torch.nan)
+    assert "loss error" in truth.of_loss(good(*truth.inputs) + 1e-4 * float(truth.loss + 5)).wrong(
+        shape
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_who_have_a_loss_mean_the_same(kind, bench):
+    """Those that are installed, in float64 against the truth: no scale or mean is another."""
+    gate, shape = bench["gate"], kinds(bench)[kind]
+    truth = gate.Truth(shape)
+    found = bench["providers"].available(shape, "cpu")
+    assert {"clae_fast-cpp", "clae_fast-reference", "eager", "compiled"} <= found.keys()
+    for name, loss in found.items():
+        if name == "compiled":
+            continue
+        xs = [x.double() for x in truth.inputs]
+        errors = truth.of(*gate.gradients(loss, xs, shape.learned))
+        assert errors.loss < 1e-6, name  # some say 0.1 in float32
+        assert errors.gradient < 1e-5, name
+
+
+PEERS = {  # who has what, but for those that need a GPU
+    "lightly": {"nt_xent", "dcl", "dcl, weighted"},
+    "pytorch-metric-learning": {"nt_xent", "sup_con"},
+    "info-nce-pytorch": {"info_nce", "info_nce, queue"},
+    "infonce": {"nt_xent"},
+    "open_clip": {"clip", "siglip"},
+    "sentence-transformers": {"info_nce", "info_nce, extra negatives"},
+    "linear_cross_entropy": {"info_nce", "info_nce, extra negatives"},
+}
+
+
+def test_who_is_measured(bench):
+    """Of those that are installed here."""
+    providers, small = bench["providers"], kinds(bench)
+    for provider in providers.PROVIDERS:
+        if provider.name not in PEERS:
+            continue
+        try:
+            losses = {kind: provider.make(shape, "cpu") for kind, shape in small.items()}
+        except providers.NotHere:
+            continue
+        assert {kind for kind, loss in losses.items() if loss is not None} == PEERS[provider.name]
+
+
+def test_a_gpu_kernel_of_someone_else_gets_what_it_asks_for(bench):
+    """siglip-kernel's function by its definition: the logarithm of the scale, rows of length 1."""
+    shape = kinds(bench)["siglip"]
+    truth = bench["gate"].Truth(shape)
+
+    class Module:
+        @staticmethod
+        def fused_siglip_loss(x, y, log_scale, bias):
+            s = log_scale.exp() * x @ y.T + bias
+            return -torch.nn.functional.logsigmoid((2 * torch.eye(len(x)) - 1) * s).sum() / len(x)
+
+    loss = bench["providers"]._siglip_kernel(Module, shape, "cpu")
+    assert truth.of(*bench["gate"].gradients(loss, truth.inputs)).wrong(shape) is None
+    assert bench["providers"]._siglip_kernel(Module, kinds(bench)["clip"], "cpu") is None
 
 
 def test_pairs_of_every_shape_are_hard_enough(bench):
@@ -128,7 +226,7 @@ def test_pairs_of_every_shape_are_hard_enough(bench):
             continue
         truth = bench["gate"].Truth(shape)
         xs = [x.double() for x in truth.inputs]
-        got = bench["gate"].gradients(bench["providers"].dense(shape), xs)
+        got = bench["gate"].gradients(bench["providers"].dense(shape), xs, shape.learned)
         errors = truth.of(*got)
         assert errors.loss < 1e-12, shape
         assert errors.gradient < 1e-9, shape
@@ -218,23 +316,22 @@ def test_wrong_options_are_one_line(words, says):
     )
 
 
-@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "uel", "clip", "queue"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampled", [False, True])
-def test_the_truth_of_the_gate(loss, sampled, bench, monkeypatch):
+def test_the_truth_of_the_gate(kind, sampled, bench, monkeypatch):
     """Against autograd of the dense formula in float64, whole and by sampled rows."""
-    gate, shapes, providers = bench["gate"], bench["shapes"], bench["providers"]
+    gate, providers = bench["gate"], bench["providers"]
     if sampled:
         monkeypatch.setattr(gate, "FULL_UP_TO", 10)
         monkeypatch.setattr(gate, "SAMPLE", 7)
-    kind = "info_nce" if loss == "queue" else loss
-    shape = shapes.Shape("small", kind, 40, 8, queue=30 if loss == "queue" else 0)
+    shape = kinds(bench)[kind]._replace(pairs=40)
     truth = gate.Truth(shape)
     xs = [x.double().requires_grad_() for x in truth.inputs]
     loss = providers.dense(shape)(*xs)
-    expected = torch.autograd.grad(loss, xs[:2])
+    expected = torch.autograd.grad(loss, xs[: shape.learned])
     assert abs(truth.loss - float(loss.detach())) < 1e-12
     for got, grad in zip(truth.gradients, expected, strict=True):
-        assert len(got) == (7 if sampled else 40)
+        assert len(got) == (7 if sampled else len(grad))
         torch.testing.assert_close(got, grad[truth.rows], rtol=1e-9, atol=1e-12)
 
 
@@ -261,6 +358,15 @@ def test_report(quick, bench, tmp_path):
     assert new.endswith("after\n")
     assert "old" not in new
     assert "| cifar-simclr-512 | 512 x 512, 128 |" in new
+    first, second = report.loss_table(result), report.family_table(result)
+    assert second[0] == first[0]
+    assert any(line.startswith("| supcon-256: sup_con | 256 x 256, 128 |") for line in second)
+    assert any(line.startswith("| mnrl-512-d768: info_nce, extra negatives |") for line in second)
+    assert all(line in new for line in (*first, *second, report.family_words(result)))
+    assert len(first) + len(second) - 4 == len({s for s in bench["shapes"].SHAPES if s.quick})
+    fused = [r for r in result["records"] if r.get("loss", "uel") in bench["shapes"].FUSED_KINDS]
+    old = report.block({**result, "records": fused}, [])  # as results before the family
+    assert "The family" not in old
     assert "a 512 x 512 product reached" in new
     assert "bench-time.svg" in new
     assert "bench-memory.svg" not in new  # no memory was measured
@@ -383,7 +489,7 @@ def test_goals_on_a_gpu(bench):
     }
 
 
-@pytest.mark.parametrize("name", ["simclr-64", "clae-plain-128", "queue-65536"])
+@pytest.mark.parametrize("name", ["simclr-64", "clae-plain-128", "queue-65536", "mnrl-512-d768"])
 def test_bare_products_are_the_three_of_a_loss(bench, name):
     shape = bench["shapes"].BY_NAME[name]
     if shape.queue:
@@ -393,6 +499,13 @@ def test_bare_products_are_the_three_of_a_loss(bench, name):
     assert counter.get_total_flops() == 3 * shape.gemm_flops
     assert dq.shape == (shape.rows, shape.width)
     assert dk.shape == (shape.columns, shape.width)
+
+
+def test_needed_products(bench):
+    """S, and what each set of rows that gets a gradient cannot do without."""
+    needed = {kind: shape.gemms for kind, shape in kinds(bench).items()}
+    of_two_sets = ("info_nce", "info_nce, extra negatives", "clip", "siglip")
+    assert needed == {kind: 3 if kind in of_two_sets else 2 for kind in KINDS}
 
 
 def test_the_readme_holds_the_committed_results(bench):
