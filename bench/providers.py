@@ -39,6 +39,17 @@ class Provider(NamedTuple):
     def ours(self) -> bool:
         return self.name.startswith("clae_fast")
 
+    def loss(self, shape: Shape, device: str) -> Loss | None:
+        """What `make` gives; NotHere too where a package of another version raises anything."""
+        try:
+            return self.make(shape, device)
+        except NotHere:
+            raise
+        except Exception as error:
+            if self.package is None:
+                raise
+            raise NotHere(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
 
 # ------------------------------------------------------------------------------- written out
 
@@ -283,7 +294,7 @@ def missing(device: str) -> dict[str, str]:
     for provider in PROVIDERS:
         try:
             for probe in PROBES:
-                provider.make(probe, device)
+                provider.loss(probe, device)
         except NotHere as reason:
             how = f" (pip install {provider.package})" if "No module" in str(reason) else ""
             reasons[provider.name] = f"{reason}{how}"
@@ -295,7 +306,7 @@ def available(shape: Shape, device: str) -> dict[str, Loss]:
     found: dict[str, Loss] = {}
     for provider in PROVIDERS:
         try:
-            loss = provider.make(shape, device)
+            loss = provider.loss(shape, device)
         except NotHere:
             continue
         if loss is not None:

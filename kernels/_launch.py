@@ -1,6 +1,7 @@
 """From tensors to a launch: tile sizes, the split of the columns, fake tensors."""
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -131,8 +132,14 @@ def capability(device: torch.device) -> int:
         return 0
     if not torch.cuda.is_available():
         return absent_capability
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _facts(device)[0]
+
+
+@functools.cache
+def _facts(device: torch.device) -> tuple[int, int]:
+    """Capability and multiprocessors: to ask takes as long as a launch."""
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 def tiles(kind: str, dtype: torch.dtype, capability: int) -> Table:
@@ -200,7 +207,8 @@ class Pairs:
     """The arguments that the sweeps share, as their kernels take them.
 
     `unit`: what the kernels make of q and k are rows of length 1, or 0, and no others. `inverse`:
-    by how much they multiply the rows of q and of k for that; None: they are so already.
+    by how much they multiply the rows of q and of k for that; None: they are so already. `among`:
+    of how many rows those of q are a part; the columns are split as for all.
     """
 
     def __init__(
@@ -217,11 +225,13 @@ class Pairs:
         *,
         unit: bool = False,
         inverse: tuple[Tensor | None, Tensor | None] = (None, None),
+        among: int | None = None,
     ) -> None:
         if skip not in SKIPS:
             raise ValueError(f"skip must be 'none', 'diagonal' or 'twins', got {skip!r}")
         self.N, self.width = q.shape
         self.M, self.D = len(k), padded(self.width)
+        self.among = among or self.N
         self.q, self.k = (dense(x, self.D) for x in (q, k))
         self.scale = (float(scale), scale_tensor)
         self.ways = ways(*self.scale, self.N, max(self.N, self.M), unit)
@@ -244,7 +254,7 @@ class Pairs:
         other = copy.copy(self)
         other.q, other.k, other.N, other.M = self.k, self.q, self.M, self.N
         other.ids, other.inverse = self.ids[::-1], self.inverse[::-1]
-        other.offset = 0
+        other.offset, other.among = 0, self.M
         other.extents = (self.M, self.N, 0, self.k.stride(0), self.q.stride(0))
         return other
 
@@ -257,7 +267,7 @@ class Pairs:
     def split(self, config: Config, passes: int = 1) -> tuple[int, int]:
         """Parts of the columns, so that few rows fill the card too, and the columns of one."""
         tiles, wanted = triton.cdiv(self.M, config.BN), 2 * multiprocessors(self.q.device)
-        parts = wanted // max(1, triton.cdiv(self.N, config.BM) * passes)
+        parts = wanted // max(1, triton.cdiv(self.among, config.BM) * passes)
         parts = max(1, min(parts, tiles // 2, 64))
         columns = triton.cdiv(tiles, parts) * config.BN
         return triton.cdiv(self.M, columns) if columns else 1, columns
@@ -274,7 +284,7 @@ def multiprocessors(device: torch.device) -> int:
         return 4
     if not torch.cuda.is_available():  # a fake tensor's
         return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _facts(device)[1]
 
 
 observers: list[Callable[[Any, tuple[Any, ...], dict[str, Any]], object]] = []
@@ -292,7 +302,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     if 0 in grid:
         return
-    if first.device.type == "cuda":
+    if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             kernel[grid](*args, **options)
     else:

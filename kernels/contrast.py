@@ -164,11 +164,14 @@ class _Contrast:
                 self.lse_col = self.new(pairs.M)
                 row_sums(pairs.turned(), self.lse_col, pairs.ways)
 
-    def _pairs(self, q: _Units, k: _Units, skip: str, offset: int = 0) -> Pairs:
+    def _pairs(
+        self, q: _Units, k: _Units, skip: str, offset: int = 0, among: int | None = None
+    ) -> Pairs:
         inverse = (q.inverse, k.inverse)
         return Pairs(
-            q.rows, k.rows, *self.scaling, skip, offset, unit=self.normalize, inverse=inverse
-        )
+            q.rows, k.rows, *self.scaling, skip, offset, unit=self.normalize, inverse=inverse,
+            among=among,
+        )  # fmt: skip
 
     def losses(self) -> Tensor:
         """The loss of each row; the weights 1 - p of the positives stay here."""
@@ -199,24 +202,34 @@ class _Contrast:
         skip: str,
         by_row: Weights | None,
         by_col: Weights | None,
-        offset: int = 0,
     ) -> Tensor:
-        return row_gradient(self._pairs(q, k, skip, offset), by_row, by_col, scaled=False)
+        return row_gradient(self._pairs(q, k, skip), by_row, by_col, scaled=False)
+
+    def _halves(self, by_row: Weights, *wanted: bool) -> list[Tensor | None]:
+        """The sweeps of q and of k among both: one for all where no products depend on how many
+        rows there are, so that either half has the same bits without the other."""
+        B = self.B
+        pairs = self._pairs(self.z, self.z, "twins")
+        if all(wanted) and not pairs.wide:
+            u = row_gradient(pairs, by_row, by_row, scaled=False)
+            return [u[:, :B], u[:, B:]]
+        found: list[Tensor | None] = []
+        for half in (0, 1):
+            part = slice(half * B, (half + 1) * B)
+            pairs = self._pairs(self.z[part], self.z, "twins", half * B, 2 * B)
+            mine = Weights(*(x[part] for x in by_row))
+            found.append(row_gradient(pairs, mine, by_row, scaled=False) if wanted[half] else None)
+        return found
 
     def gradients(
         self, need_dq: bool, need_dk: bool, need_dn: bool, need_dscale: bool, factor: float
     ) -> tuple[Tensor, ...]:
         B, own_q, own_k = self.B, need_dq or need_dscale, need_dk
-        by_row, r, r_other, u_q, u_k = self.by_row, self.by_row.weight, None, self.o, None
+        by_row, r, r_other, u_k = self.by_row, self.by_row.weight, None, None
+        u_q = None if self.o is None else self.o[None]
         if self.form == "nt_xent":
             own_k, r_other = need_dk or need_dscale, r[B:]
-            # One half at a time: the same bits whether or not the other half is wanted.
-            for half, wanted in ((0, own_q), (1, own_k)):
-                if wanted:
-                    part = slice(half * B, (half + 1) * B)
-                    mine = Weights(*(x[part] for x in by_row))
-                    u = self._sweep(self.z[part], self.z, "twins", mine, by_row, half * B)
-                    u_q, u_k = (u, u_k) if half == 0 else (u_q, u)
+            u_q, u_k = self._halves(by_row, own_q, own_k)
         elif self.form == "one_way":
             if own_k and self.negatives is None:
                 u_k = self._sweep(self.z_k, self.z_q, "diagonal", None, by_row)
@@ -234,6 +247,7 @@ class _Contrast:
                 rows.back, B, self.q, self.k, self.cosine, u_q, u_k,
                 None if self.o is None else r, r, r_other, dq, dk, dscale, factor,
                 *self.scale, B, self.q.stride(0), self.k.stride(0), self.z.rows.shape[1],
+                *_parts(u_q), *_parts(u_k),
                 STACKED=self.form == "nt_xent", RECIPROCAL=self.scaling[2],
             )  # fmt: skip
         return (
@@ -250,6 +264,11 @@ class _Contrast:
         dx = self.new(M, self.D)
         self._rows(
             rows.back_negatives, M, self.negatives, u, dx, factor, *self.scale, M,
-            self.negatives.stride(0), u.stride(0), RECIPROCAL=self.scaling[2],
+            self.negatives.stride(0), u.stride(1), *_parts(u), RECIPROCAL=self.scaling[2],
         )  # fmt: skip
         return dx
+
+
+def _parts(u: Tensor | None) -> tuple[int, int]:
+    """How many there are, and how far apart they lie."""
+    return (0, 0) if u is None else (len(u), u.stride(0))

@@ -107,14 +107,14 @@ class Weights(NamedTuple):
 def row_gradient(
     pairs: Pairs, by_row: Weights | None, by_col: Weights | None, scaled: bool
 ) -> Tensor:
-    """The sum above, with or without the factor t; (N, D) in float32."""
+    """The sum above, with or without the factor t, in float32: (parts, N, D), to be added up."""
     if pairs.wide:
         dq = wide.row_gradient(
             pairs, *((None, None) if x is None else x[:2] for x in (by_row, by_col))
         )
         if scaled:
             dq *= effective_scale(*pairs.scale, pairs.rules["RECIPROCAL"], torch.float32)
-        return dq
+        return dq[None]
     config, N, D = pairs.config("gradient"), pairs.N, pairs.D
     passes = triton.cdiv(D, config.BD)
     parts, columns = pairs.split(config, passes)
@@ -130,7 +130,7 @@ def row_gradient(
             *pairs.extents, columns, D, config.BM, config.BN, config.BD, scaled, maximum, asked,
             **pairs.flags, **config.run(),
         )  # fmt: skip
-    return add_parts(dq, pairs.width)
+    return dq
 
 
 def pair_grad(
@@ -151,4 +151,4 @@ def pair_grad(
     """`reference.pair_grad`."""
     pairs = Pairs(q, k, scale, scale_tensor, reciprocal, skip, offset, row_ids, col_ids)
     by_row, by_col = Weights.of(row_lse, row_weight), Weights.of(col_lse, col_weight)
-    return row_gradient(pairs, by_row, by_col, scaled=True)
+    return add_parts(row_gradient(pairs, by_row, by_col, scaled=True), pairs.width)

@@ -5,7 +5,8 @@ Jacobian.
                be rounded
     pairs      the same for q_i and k_i, and their cosine
     turn       loss = log(1 + e^(lse - t cos)), r = sigmoid(lse - t cos), r e^(zero - lse)
-    back       dq = factor J_q (t u_q - t share (z_k - z_q)), dk likewise; u comes from the sweeps
+    back       dq = factor J_q (t u_q - t share (z_k - z_q)), dk likewise; u comes from the sweeps,
+               in parts
 
 A program owns whole rows: no atomics, the same bits every run. The cosine on the sphere is
 `1 - |z_q - z_k|^2 / 2`, whose slope z_k - z_q keeps its digits where the pair is aligned.
@@ -102,6 +103,18 @@ def turn(
 
 
 @triton.jit
+def _sum_of_parts(
+    ptr, stride, part_stride, parts, rows, N, at,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Those rows of (parts, N, ...), summed over the parts in their order."""
+    total = tl.zeros((BM, BD), tl.float32)
+    for part in range(parts):
+        total += load_rows(ptr + tl.cast(part, tl.int64) * part_stride, stride, rows, N, at, D, BD)
+    return total
+
+
+@triton.jit
 def _jacobian(g, z, inverse, on_sphere, factor):
     radial = tl.where(on_sphere, tl.sum(z * g, 1), 0.0)
     return (g - radial[:, None] * z) * (inverse * factor)[:, None]
@@ -110,7 +123,8 @@ def _jacobian(g, z, inverse, on_sphere, factor):
 @triton.jit
 def back(
     q_ptr, k_ptr, cosine_ptr, u_q_ptr, u_k_ptr, o_r_ptr, r_ptr, r_other_ptr, dq_ptr,
-    dk_ptr, dscale_ptr, factor, scale, scale_ptr, N, q_stride, k_stride, u_stride,
+    dk_ptr, dscale_ptr, factor, scale, scale_ptr, N, q_stride, k_stride, u_stride, q_parts,
+    q_part_stride, k_parts, k_part_stride,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
     STACKED: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +142,9 @@ def back(
     euler = tl.zeros((BM,), tl.float32)
     u = tl.zeros((BM, BD), tl.float32)
     if u_q_ptr is not None:
-        u = load_rows(u_q_ptr, u_stride, rows, N, at, D, BD)
+        u = _sum_of_parts(
+            u_q_ptr, u_stride, q_part_stride, q_parts, rows, N, at, D, BM, BD
+        )  # fmt: skip
         if o_r_ptr is not None:  # the softmax-weighted mean of the keys, times 1 - p
             u = u * tl.load(o_r_ptr + rows, mask=rows < N, other=0.0)[:, None]
         euler += tl.sum(q * u, 1)
@@ -139,7 +155,9 @@ def back(
         store_rows(dq_ptr, D, rows, N, at, dq, D)
     u = tl.zeros((BM, BD), tl.float32)
     if u_k_ptr is not None:
-        u = load_rows(u_k_ptr, u_stride, rows, N, at, D, BD)
+        u = _sum_of_parts(
+            u_k_ptr, u_stride, k_part_stride, k_parts, rows, N, at, D, BM, BD
+        )  # fmt: skip
         if STACKED:
             euler = 0.5 * (euler + tl.sum(k * u, 1))
     if dk_ptr is not None:
@@ -154,7 +172,7 @@ def back(
 
 @triton.jit
 def back_negatives(
-    x_ptr, u_ptr, dx_ptr, factor, scale, scale_ptr, N, x_stride, u_stride,
+    x_ptr, u_ptr, dx_ptr, factor, scale, scale_ptr, N, x_stride, u_stride, parts, part_stride,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
     RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
@@ -164,6 +182,6 @@ def back_negatives(
     t = scale_of(scale, scale_ptr, RECIPROCAL)
     x = load_rows(x_ptr, x_stride, rows, N, at, D, BD).to(tl.float32)
     inverse, on_sphere = _norm(x, NORMALIZE)
-    u = load_rows(u_ptr, u_stride, rows, N, at, D, BD)
+    u = _sum_of_parts(u_ptr, u_stride, part_stride, parts, rows, N, at, D, BM, BD)
     dx = _jacobian(t * u, x * inverse[:, None], inverse, on_sphere, factor)
     store_rows(dx_ptr, D, rows, N, at, dx, D)

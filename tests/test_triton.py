@@ -303,6 +303,15 @@ def test_known_maximum(form, t, by_pointer, B, monkeypatch):
         assert torch.equal(got.isfinite(), ref.isfinite())
 
 
+@pytest.mark.parametrize("shape", [(64, 20), (300, 128), (70, 300)])
+def test_either_half_has_the_same_bits_alone(shape, dtype):
+    """Of stacked views, whose gradients come from one sweep where both are wanted."""
+    q, k = (torch.randn(shape).to(dtype) for _ in range(2))
+    *_, dq, dk, _, _ = raw.contrast(q, k, None, 5.0, need_dq=True, need_dk=True, backend="triton")
+    assert torch.equal(raw.contrast(q, k, None, 5.0, need_dq=True, backend="triton")[3], dq)
+    assert torch.equal(raw.contrast(q, k, None, 5.0, need_dk=True, backend="triton")[4], dk)
+
+
 def test_which_maximum_is_known():
     """What the host says of a number, the device says of a tensor; both leave room to the limit."""
     online, known, n = ((0, False),), ((1, False),), 8192

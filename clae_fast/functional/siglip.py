@@ -134,7 +134,7 @@ def _loss(
     bias = (
         logit_bias.to(dtype).reshape(())
         if isinstance(logit_bias, Tensor)
-        else torch.tensor(logit_bias, dtype=dtype, device=x.z.device)
+        else x.z.new_full((), logit_bias)  # written there: nothing is copied from the host
     )
     if where.group:
         bias = shared(bias, where.group, where.call)
