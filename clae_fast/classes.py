@@ -43,11 +43,6 @@ def _ranks(ids: Tensor) -> Tensor:
     return torch.zeros_like(order).index_put((order,), step.cumsum(0))
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float64: differences of sums keep their digits, and on a CPU the order is fixed."""
-    return x if x.device.type == "mps" else x.double()
-
-
 def sums_of_equal(pairs: Pairs, x: Tensor, columns: Ids, rows: Ids) -> Tensor:
     """`sum_j [columns_j = rows_i] x_j` over all processes' columns: (N, ...) from (M, ...)."""
     zeros = x.new_zeros((columns.slots, *x.shape[1:]))

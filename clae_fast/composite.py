@@ -13,8 +13,8 @@ from torch import Tensor
 from . import reference
 from .autograd import Gradients, _once, _records_gradient
 from .group_sweeps import sweeps_for
-from .numerics import log_sum_exp
-from .sweeps import Local, Sweeps, Where
+from .numerics import log_sum_exp, wide
+from .sweeps import Local, Sweeps, Where, of_rows
 
 
 class How(NamedTuple):
@@ -48,17 +48,31 @@ def _other(k: Tensor, q: Tensor) -> Tensor:
     return k.view_as(k) if k is q else k
 
 
-def _by_scale(euler: Tensor, t: Tensor) -> Tensor:
+def _by_scale(q: Tensor, dq: Tensor, t: Tensor) -> Tensor:
     """Euler: `t dL/dt = sum_i <q_i, dq_i>`, as `s` is linear in both."""
-    return (euler / t).reshape(t.shape)
+    return (wide((q * dq).sum(-1)).sum() / t).reshape(t.shape)
 
 
-def _weights(
-    row_lse: Tensor, row_weight: Tensor, col_lse: Tensor, col_weight: Tensor
-) -> dict[str, Tensor]:
-    return {
-        "row_lse": row_lse, "row_weight": row_weight, "col_lse": col_lse, "col_weight": col_weight,
-    }  # fmt: skip
+def _wanted(x: Tensor, where: Where) -> dict[str, bool]:
+    """What to ask of a log-sum-exp; nothing where a kernel need not know of it."""
+    return {"wide": True} if of_rows(x, where) == torch.float64 else {}
+
+
+def _sides(q: Tensor, row: tuple[Tensor, Tensor] | None, col: tuple[Tensor, Tensor] | None) -> Any:
+    """Log-sum-exps with their weights, of rows and of columns, as `pair_grad` takes them.
+
+    `w e^(s - lse)` is `w e^(near - lse) e^(s - near)` for any `near`: the lse that fits q's dtype
+    stands there, and the weight makes good what was rounded.
+    """
+    rules = {}
+    for side, pair in (("row", row), ("col", col)):
+        if pair is None:
+            continue
+        lse, weight = pair
+        near = lse.to(q.dtype)
+        rounded = torch.where(lse == -torch.inf, 0.0, near - lse)
+        rules[f"{side}_lse"], rules[f"{side}_weight"] = near, (weight * rounded.exp()).to(q.dtype)
+    return rules
 
 
 class _Lse(torch.autograd.Function):
@@ -78,15 +92,15 @@ class _Lse(torch.autograd.Function):
         sweeps = sweeps_for(how.where, how.scale, t)
         need = ctx.needs_input_grad[:3]
         columns = q if k is None else k
-        o = None
+        o, rules = None, {"skip": how.skip, **_wanted(q, how.where)}
         # Constant keys: loss and gradient in one sweep. What is constant on one rank of a group may
         # not be on another, and all must make the same sweeps.
         if how.form == "one_way" and not need[1] and isinstance(sweeps, Local):
-            lse, o = sweeps.mean(q, columns, skip=how.skip, **_ids(row_ids, col_ids))
+            lse, o = sweeps.mean(q, columns, **rules, **_ids(row_ids, col_ids))
         else:
-            lse = sweeps.lse(q, columns, skip=how.skip, **_ids(row_ids, col_ids))
+            lse = sweeps.lse(q, columns, **rules, **_ids(row_ids, col_ids))
             if how.form == "two_way":
-                other = sweeps.lse(columns, q, skip=how.skip, **_flipped(row_ids, col_ids))
+                other = sweeps.lse(columns, q, **rules, **_flipped(row_ids, col_ids))
                 lse = torch.stack((lse, other), 1)
         ctx.save_for_backward(q, k, t, row_ids, col_ids, lse, o)
         ctx.need, ctx.how = need, how
@@ -101,23 +115,23 @@ class _Lse(torch.autograd.Function):
             sweeps = sweeps_for(how.where, how.scale, t)
             columns = q if k is None else k
             ids, flipped = _ids(row_ids, col_ids), _flipped(row_ids, col_ids)
-            by_row, by_col = {"row_lse": lse, "row_weight": g}, {"col_lse": lse, "col_weight": g}
-            if how.form == "self":
-                by_row |= by_col
-            elif how.form == "two_way":
-                (lse_row, lse_col), (g_row, g_col) = lse.unbind(1), g.unbind(1)
-                by_row = _weights(lse_row, g_row, lse_col, g_col)
-                by_col = _weights(lse_col, g_col, lse_row, g_row)
+            if how.form == "two_way":
+                row, col = zip(lse.unbind(1), g.unbind(1), strict=True)
+                by_row, by_col = _sides(q, row, col), _sides(q, col, row)
+            else:
+                row = lse, g
+                by_row = _sides(q, row, row if how.form == "self" else None)
+                by_col = _sides(q, None, row)
             dq = dk = dt = None
             if o is not None:
-                dq = g[:, None] * o * (how.scale if t is None else how.scale * t)
+                dq = (g * (how.scale if t is None else how.scale * t)).to(o.dtype)[:, None] * o
             elif need_q or need_t or how.where.group:
                 dq = sweeps.grad(q, columns, skip=how.skip, **by_row, **ids)
             if need_k or (how.where.group and how.form != "self"):
                 dk = sweeps.grad(columns, q, skip=how.skip, **by_col, **flipped)
             if need_t and dq is not None:
                 # A row of its own columns meets t twice.
-                dt = _by_scale((q * dq).sum() * (0.5 if how.form == "self" else 1.0), t)
+                dt = _by_scale(q, dq, t) * (0.5 if how.form == "self" else 1.0)
             return dq if need_q else None, dk if need_k else None, dt
 
         return *_once(gradients, grad_output, *ctx.saved_tensors), None, None, None
@@ -143,7 +157,7 @@ class _Sigmoid(torch.autograd.Function):
             q, k, bias=0.0, bias_tensor=bias, row_weight=weight, **_ids(row_ids, col_ids),
             need_dq=need[0] or need[2], need_dk=need[1],
         )  # fmt: skip
-        dt = _by_scale((q * dq).sum(), t) if need[2] and t is not None else None
+        dt = _by_scale(q, dq, t) if need[2] and t is not None else None
         kept = (dq, dk, dt, slope.sum(), rows)
         wanted = [x if n else None for n, x in zip(need, kept, strict=True)]
         ctx.save_for_backward(*wanted, q, k, t, bias, weight)  # on which a second backward hangs
@@ -189,7 +203,7 @@ class _SigmoidRows(torch.autograd.Function):
             grads = (
                 dq,
                 dk,
-                _by_scale((q * dq).sum(), t) if need[2] else None,
+                _by_scale(q, dq, t) if need[2] else None,
                 slope.sum().reshape(bias.shape),
             )
             return tuple(x if n else None for n, x in zip(need, grads, strict=True))
@@ -296,17 +310,18 @@ class Pairs(NamedTuple):
         skip: str = "none",
         factor: float = 1.0,
     ) -> Tensor:
-        """`log sum_j e^(factor s_ij)` (N,) over the columns that `skip` and equal ids allow.
+        """`log sum_j e^(factor s_ij)` (N,) over the columns that `skip` and equal ids allow, in
+        the dtype that `of_rows` says.
 
         "self": q are the columns too (and k is q). "two_way": of each column as well, (B, 2).
         """
         t, how = self._how(factor, form, skip)
         if self.plain or not _records_gradient(q, k, t):
-            sweeps = self._unrecorded(how, t)
-            lse = sweeps.lse(q, k, skip=skip, **_ids(row_ids, col_ids))
+            sweeps, rules = self._unrecorded(how, t), {"skip": skip, **_wanted(q, self.where)}
+            lse = sweeps.lse(q, k, **rules, **_ids(row_ids, col_ids))
             if form != "two_way":
                 return lse
-            columns = sweeps.lse(k, q, skip=skip, **_flipped(row_ids, col_ids))
+            columns = sweeps.lse(k, q, **rules, **_flipped(row_ids, col_ids))
             return torch.stack((lse, columns), 1)
         out: Tensor = _Lse.apply(
             q, None if form == "self" else _other(k, q), t, *_two(row_ids, col_ids), how

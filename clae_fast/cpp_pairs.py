@@ -129,6 +129,7 @@ def _pairs(
     by_row: tuple[Tensor | None, Tensor | None] = (None, None),
     by_col: tuple[Tensor | None, Tensor | None] = (None, None),
     rows: bool = True,
+    wide: bool = False,
     slope: bool = False,
     dq: bool = False,
     dk: bool = False,
@@ -147,7 +148,7 @@ def _pairs(
     new, nothing = torch.empty, _NOTHING[dtype]
     N = q.shape[0]
     out = (
-        new(N, dtype=dtype) if rows else nothing[0],
+        new(N, dtype=torch.float64 if wide else dtype) if rows else nothing[0],
         new(N, dtype=dtype) if slope else nothing[1],
         new(q.shape, dtype=dtype) if dq else nothing[2],
         new(k.shape, dtype=dtype) if dk else nothing[3],
@@ -180,10 +181,13 @@ def pair_lse(
     offset: int = 0,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
     """`reference.pair_lse`, one GEMM."""
     ids = (row_ids, col_ids)
-    return _pairs("pair_lse", q, k, scale, scale_tensor, reciprocal, skip, offset, ids)[0]
+    return _pairs("pair_lse", q, k, scale, scale_tensor, reciprocal, skip, offset, ids, wide=wide)[
+        0
+    ]
 
 
 def pair_grad(
@@ -220,11 +224,12 @@ def pair_mean(
     offset: int = 0,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`reference.pair_mean`, two GEMMs."""
     lse, _, o, _ = _pairs(
         "pair_mean", q, k, scale, scale_tensor, reciprocal, skip, offset, (row_ids, col_ids),
-        dq=True,
+        wide=wide, dq=True,
     )  # fmt: skip
     return lse, o
 

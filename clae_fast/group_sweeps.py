@@ -37,7 +37,8 @@ class GroupSweeps(NamedTuple):
         return run(op, q, k, *scale, *told, *self.place, backend=self.where.backend)
 
     def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
-        return self._run("group_lse", q, k, rules, "skip", "row_ids", "col_ids")
+        rules = {"wide": False, **rules}
+        return self._run("group_lse", q, k, rules, "skip", "row_ids", "col_ids", "wide")
 
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         names = ("row_lse", "row_weight", "col_lse", "col_weight")
@@ -94,15 +95,18 @@ def _lse(
     skip: str,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
+    wide: bool,
     group: str,
     exchange: str,
     call: str,
     *,
     backend: str = "auto",
 ) -> Tensor:
-    ids, local = _ids(row_ids, col_ids), Local(scale, scale_tensor, False, backend)
+    rules: dict[str, Any] = _ids(row_ids, col_ids)
+    rules |= {"wide": True} if wide else {}
+    local = Local(scale, scale_tensor, False, backend)
     over, _ = meet("log-sum-exps", k, local, group, exchange, call)
-    return over.lse(q, k, skip=skip, **ids)
+    return over.lse(q, k, skip=skip, **rules)
 
 
 @torch.no_grad()
@@ -203,6 +207,12 @@ def _like(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
+def _fake_lse(*args: Any, **kwargs: Any) -> Tensor:
+    a = inspect.signature(_lse).bind(*args, **kwargs).arguments
+    x = _like(a["q"], len(a["q"]))
+    return x.double() if a["wide"] else x
+
+
 def _fake_sigmoid(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     a = inspect.signature(_sigmoid).bind(*args, **kwargs).arguments
     q, k = a["q"], a["k"]
@@ -216,9 +226,9 @@ def _fake_sigmoid(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 
 _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "group_lse": (
-        f"({_ROWS}, str skip, {_IDS}, {_GROUP}) -> Tensor",
+        f"({_ROWS}, str skip, {_IDS}, bool wide, {_GROUP}) -> Tensor",
         _lse,
-        lambda q, *args, **kwargs: _like(q, len(q)),
+        _fake_lse,
     ),
     "group_grad": (
         f"({_ROWS}, str skip, {_IDS}, {_WEIGHTS}, {_GROUP}) -> Tensor",

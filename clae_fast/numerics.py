@@ -80,15 +80,21 @@ def to_raw(dz: Tensor, unit: Unit) -> Tensor:
     return (dz - torch.where(unit.on_sphere, radial, 0.0) * unit.z) * unit.inverse_norm
 
 
-def cosine(a: Unit, b: Unit) -> Tensor:
-    """`<a_i, b_i>` (N,), on the sphere as `1 - |a - b|^2 / 2`.
+def wide(x: Tensor) -> Tensor:
+    """In float64: differences of sums keep their digits, and on a CPU the order is fixed."""
+    return x if x.device.type == "mps" else x.double()
+
+
+def cosine(a: Unit, b: Unit, dtype: torch.dtype | None = None) -> Tensor:
+    """`<a_i, b_i>` (N,), on the sphere as `1 - |a - b|^2 / 2`, in this dtype before 1 is near.
 
     The slope of that is `b - a`, which keeps its digits for an aligned pair, where the slope `b` of
     the dot product lies almost wholly along a and is lost in the projection.
     """
-    distance = (a.z - b.z).square().sum(-1)
+    dtype = a.z.dtype if dtype is None else dtype
+    distance = (a.z - b.z).square().sum(-1).to(dtype)
     on_sphere = (a.on_sphere & b.on_sphere).squeeze(-1)
-    return torch.where(on_sphere, 1 - 0.5 * distance, (a.z * b.z).sum(-1))
+    return torch.where(on_sphere, 1 - 0.5 * distance, (a.z * b.z).sum(-1).to(dtype))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -96,15 +102,17 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, x.new_zeros(()))
 
 
-def log_sum_exp(s: Tensor) -> Tensor:
+def log_sum_exp(s: Tensor, in_float64: bool = False) -> Tensor:
     """Over the last dimension; -inf for a row that is empty or all -inf, with gradient 0 there."""
+    dtype = torch.float64 if in_float64 else s.dtype
     if s.shape[-1] == 0:
-        return s.sum(-1) - math.inf
+        return s.sum(-1).to(dtype) - math.inf
     top = s.detach().amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
-    total = (s - top).exp().sum(-1)
+    total = (s - top).exp().sum(-1).to(dtype)
     empty = total == 0
-    return torch.where(empty, -math.inf, top.squeeze(-1) + torch.where(empty, 1.0, total).log())
+    lse = top.squeeze(-1).to(dtype) + torch.where(empty, 1.0, total).log()
+    return torch.where(empty, -math.inf, lse)
 
 
 def alarm(*tensors: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ SCALE = "float scale, Tensor? scale_tensor=None, bool reciprocal=False"
 _SKIP = 'str skip="none", int offset=0'
 _IDS = "Tensor? row_ids=None, Tensor? col_ids=None"
 SCHEMAS = {
-    "pair_lse": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, {_IDS}, *, str backend='auto') -> Tensor",
+    "pair_lse": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, {_IDS}, bool wide=False, *, "
+    "str backend='auto') -> Tensor",
     "pair_grad": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, Tensor? row_lse=None, "
     "Tensor? row_weight=None, Tensor? col_lse=None, Tensor? col_weight=None, "
     f"{_IDS}, *, str backend='auto') -> Tensor",
-    "pair_mean": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, {_IDS}, *, str backend='auto')"
-    " -> (Tensor, Tensor)",
+    "pair_mean": f"(Tensor q, Tensor k, {SCALE}, {_SKIP}, {_IDS}, bool wide=False, *, "
+    "str backend='auto') -> (Tensor, Tensor)",
     "pair_sigmoid": "(Tensor q, Tensor k, float scale, float bias, Tensor? scale_tensor=None, "
     "bool reciprocal=False, Tensor? bias_tensor=None, Tensor? row_weight=None, "
     f"{_IDS}, bool need_dq=False, bool need_dk=False, int offset=0, *, "
@@ -72,6 +73,11 @@ def _like(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
+def _lse(a: Any) -> Tensor:
+    x = _like(a.q, a.q.shape[0])
+    return x.double() if a.wide else x
+
+
 def _asked(x: Tensor, need: bool) -> Tensor:
     return _like(x, *x.shape) if need else _like(x, 0)
 
@@ -96,9 +102,9 @@ def _fake_pair_sigmoid(a: Any) -> tuple[Tensor, ...]:
 
 
 FAKES: dict[str, Callable[[Any], Any]] = {
-    "pair_lse": lambda a: _like(a.q, a.q.shape[0]),
+    "pair_lse": lambda a: _lse(a),
     "pair_grad": lambda a: _like(a.q, *a.q.shape),
-    "pair_mean": lambda a: (_like(a.q, a.q.shape[0]), _like(a.q, *a.q.shape)),
+    "pair_mean": lambda a: (_lse(a), _like(a.q, *a.q.shape)),
     "pair_sigmoid": _fake_pair_sigmoid,
     "pair_uel": lambda a: (_like(a.q, a.q.shape[0]), _asked(a.q, a.need_dq)),
     "contrast": fake_contrast,

@@ -13,9 +13,9 @@ from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 
 from .autograd import Gradients, _once, _records_gradient
-from .classes import Ids, wide
+from .classes import Ids
 from .composite import Pairs
-from .numerics import softplus
+from .numerics import softplus, wide
 from .reference import sweep
 
 CHUNK_ELEMENTS = 1 << 21

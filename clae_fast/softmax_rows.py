@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .classes import Ids, sums_of_equal, wide
+from .classes import Ids, sums_of_equal
 from .composite import Pairs, combined
-from .numerics import softplus
+from .numerics import softplus, wide
 
 
 class Block(NamedTuple):
@@ -82,8 +82,8 @@ def smoothing(
 
 
 def linear(q: Tensor, keys: Tensor, t: Tensor | float) -> Tensor:
-    """`t <q_i, keys_i>` (N,), summed in the dtype of the keys."""
-    return ((q * keys).sum(-1) * t).to(q.dtype)
+    """`t <q_i, keys_i>` (N,), summed in the dtype of the keys, in float64."""
+    return wide((q * keys).sum(-1)) * t
 
 
 def dcl(lse: Tensor, s_pos: Tensor, weight: Tensor | None) -> Tensor:
@@ -108,7 +108,7 @@ def hard_negative(
     """
     none = count == 0
     harder, hard = (torch.where(none, 0.0, x) for x in (lse_harder, lse_hard))
-    log_m = torch.where(none, 1.0, count).log()
+    log_m = torch.where(none, 1.0, count).to(harder.dtype).log()
     log_ng = harder - hard + log_m
     if tau_plus:
         log_tau, log_1_tau = math.log(tau_plus), math.log1p(-tau_plus)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from . import validation as check
 from .backends import requested
-from .classes import wide
 from .composite import Pairs
-from .numerics import as_given, compute_dtype, cosine, full_precision, unit_rows
+from .numerics import as_given, compute_dtype, cosine, full_precision, unit_rows, wide
 from .reference.sweep import by_rows
 from .sweeps import Where
 

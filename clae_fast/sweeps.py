@@ -7,8 +7,10 @@ reach the others' too (`distributed.py`).
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from .numerics import compute_dtype
 from .ops import call
 
 
@@ -17,7 +19,7 @@ class Sweeps(Protocol):
     relate them; other processes' columns are only left out where ids are equal."""
 
     def lse(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
-        """`reference.pair_lse` over all columns."""
+        """`reference.pair_lse` over all columns; `wide` where `of_rows` says so."""
 
     def grad(self, q: Tensor, k: Tensor, **rules: Any) -> Tensor:
         """`reference.pair_grad` over all columns."""
@@ -50,6 +52,16 @@ class Where(NamedTuple):
     def here(self) -> "Where":
         """The same over this process's keys alone."""
         return Where(self.backend)
+
+
+def of_rows(x: Tensor, where: Where) -> torch.dtype:
+    """The dtype of what is one number a row, log-sum-exps and positives.
+
+    A float32 of about t is off by t eps: the weights of a row would not sum to 1, and a gradient
+    that is a small difference of such sums would be that error. On a CPU they are float64.
+    """
+    wide = x.device.type == "cpu" and where.backend != "triton"
+    return torch.float64 if wide else compute_dtype(x.dtype)
 
 
 class Local(NamedTuple):

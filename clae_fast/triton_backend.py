@@ -39,6 +39,8 @@ def refusal(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
         return f"it knows float32, bfloat16 and float16, the embeddings are {q.dtype}"
     if q.shape[-1] > MAX_WIDTH:
         return f"it knows at most {MAX_WIDTH} elements a row, the embeddings have {q.shape[-1]}"
+    if kwargs.get("wide"):
+        return "its log-sum-exps are float32"
     if q.device.type != "cuda" and not interpreted():
         return f"it runs on a GPU, the embeddings are on {q.device}"
     return None

@@ -391,7 +391,9 @@ def checked_operators(rank, layout):
         ],
         "group_reduce": [(rows, "mean", *call)],
         "group_average": [(t, *call)],
-        "group_lse": [(q, k, 2.0, None, "diagonal", ids, ids, *place)],
+        "group_lse": [
+            (q, k, 2.0, None, "diagonal", ids, ids, wide, *place) for wide in (False, True)
+        ],
         "group_grad": [(q, k, 2.0, None, "none", None, None, rows, rows, rows, rows, *place)],
         "group_sigmoid": [
             (q, k, 2.0, None, -1.0, None, rows, None, None, need, not need, *place)

@@ -252,7 +252,9 @@ def test_against_float64(name, reduction, dtype, backend):
         )
         for x, out, g in zip([*xs, tau], got, grads, strict=True):
             assert out.dtype == x.dtype
-            assert error(out, g, 1e-2) < (grad_tol if x.dim() else max(loss_tol, 1e-5)), (n, m, d)
+            # of the temperature, the difference of terms of about 10
+            floor, tol = (1e-2, grad_tol) if x.dim() else (1e-1, max(loss_tol, 1e-5))
+            assert error(out, g, floor) < tol, (n, m, d)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -271,6 +271,8 @@ def opcheck_cases():
     x = torch.rand(2, 3, 4, 4)
     yield "pair_lse", (q, n, 2.0), {"skip": "diagonal"}
     yield "pair_lse", (q, k, 1.0, t, True, "twins", 0, ids, ids), {}
+    yield "pair_lse", (q.half(), n.half(), 2.0), {"wide": True}
+    yield "pair_mean", (q, n, 2.0), {"wide": True}
     yield "pair_grad", (q, k, 2.0, None, False, "twins", 0, lse, w, lse, w), {}
     yield "pair_mean", (q.bfloat16(), n.bfloat16(), 2.0), {}
     yield "pair_sigmoid", (q, n, 2.0, -1.0), {"need_dq": True}

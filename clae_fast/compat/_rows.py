@@ -50,8 +50,10 @@ def row_lse(
         ids: int32 (N,) and (M,): pairs with equal ids are left out.
     """
     if k is None:
-        return sweeps(scale).lse(q, q, *(ids or ()), form="self", skip=skip)
-    return sweeps(scale).lse(q, k, *(ids or ()), skip=skip)
+        lse = sweeps(scale).lse(q, q, *(ids or ()), form="self", skip=skip)
+    else:
+        lse = sweeps(scale).lse(q, k, *(ids or ()), skip=skip)
+    return lse.to(q.dtype)
 
 
 def one_dtype(*embeddings: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..composite import Pairs, combined
-from ..numerics import cosine, full_precision, softplus
+from ..numerics import full_precision, softplus
 from ..softmax_rows import Block, linear, negatives_count, negatives_lse, negatives_sum, smoothing
 from ..sweeps import Where
 from .options import RowOptions, Rows, extra_blocks, numbered, prepare, weights
@@ -22,14 +22,14 @@ def _row_loss(
     rows: Rows,
     q: Tensor,
     positive: Tensor,
-    cos: Tensor,
+    s_pos: Tensor,
     lse: Tensor,
     blocks: list[Block],
     smooth: float,
     target: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Rows of the loss. `target`: its sum T (N,) and `T_i k_i+ - sum_j y_ij k_j` (N, D)."""
-    loss = softplus(lse - cos * rows.t)
+    loss = softplus(lse - s_pos)
     if target is not None:
         whole, keys = target
         apart = linear(q, keys, rows.t)
@@ -37,7 +37,7 @@ def _row_loss(
     if smooth:
         others = negatives_sum(blocks)
         loss = loss + smooth * smoothing(q, positive, others, negatives_count(blocks), rows.t)
-    return loss
+    return loss.to(q.dtype)
 
 
 @full_precision
@@ -54,10 +54,9 @@ def nt_xent(
     u_i, u_j = rows.units
     blocks = stacked_blocks(rows, options)
     z, twins = torch.cat((u_i.z, u_j.z)), torch.cat((u_j.z, u_i.z))
-    cos = cosine(u_i, u_j)
+    s_pos = rows.positives(u_i, u_j).repeat(2)
     lse = negatives_lse(blocks)
-    smooth = options.label_smoothing
-    loss = _row_loss(rows, z, twins, torch.cat((cos, cos)), lse, blocks, smooth)
+    loss = _row_loss(rows, z, twins, s_pos, lse, blocks, options.label_smoothing)
     return rows.pairs.reduce(loss + rows.alarm, weights(options, loss, 2), reduction)
 
 
@@ -94,7 +93,7 @@ def info_nce(
             first, others = whole[:, None] - _column(y, 0), _columns_after(y, 1)
             target = whole, first * k - _product(others, rows.units[2].z)
     loss = _row_loss(
-        rows, q, k, cosine(*rows.units[:2]), negatives_lse(blocks), blocks,
+        rows, q, k, rows.positives(*rows.units[:2]), negatives_lse(blocks), blocks,
         options.label_smoothing, target,
     )  # fmt: skip
     return rows.pairs.reduce(loss + rows.alarm, weights(options, loss), reduction)
@@ -118,7 +117,7 @@ def both_ways(
     lse = pairs.lse(uq.z, uk.z, *(i.narrow for i in narrow), form="two_way", skip="diagonal")
     by_row, by_col = lse.unbind(1)
     extra = extra_blocks(rows, uq.z, ids)
-    cos = cosine(uq, uk)
+    s_pos = rows.positives(uq, uk)
     sides = []
     for a, b, order, of, more in (
         (uq.z, uk.z, narrow, by_row, extra),
@@ -131,7 +130,7 @@ def both_ways(
     targets = _two_targets(rows, options.targets, uq.z, uk.z)
     loss = torch.stack(
         [
-            _row_loss(rows, a, b, cos, of, blocks, options.label_smoothing, target)
+            _row_loss(rows, a, b, s_pos, of, blocks, options.label_smoothing, target)
             for (a, b, of, blocks), target in zip(sides, targets, strict=True)
         ],
         1,

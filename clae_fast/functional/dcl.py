@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import validation as check
-from ..numerics import cosine, full_precision
+from ..numerics import full_precision
 from ..softmax_rows import dcl, negatives_lse
 from ..sweeps import Sweeps, Where
 from .options import RowOptions, prepare, row_options, weights
@@ -133,8 +133,8 @@ def _loss(
                 got = tuple(half.shape) if isinstance(half, Tensor) else type(half).__name__
                 raise ValueError(f"weight_fn must return ({z_i.shape[0]},), got {got}")
         w = torch.cat(halves)
-    cos = cosine(u_i, u_j)
-    loss = dcl(negatives_lse(stacked_blocks(rows, options)), torch.cat((cos, cos)) * rows.t, w)
+    s_pos = rows.positives(u_i, u_j).repeat(2)
+    loss = dcl(negatives_lse(stacked_blocks(rows, options)), s_pos, w).to(u_i.z.dtype)
     return rows.pairs.reduce(loss + rows.alarm, weights(options, loss, 2), reduction)
 
 

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validation as check
-from ..numerics import cosine, full_precision
+from ..numerics import full_precision
 from ..softmax_rows import hard_negative, negatives_count, negatives_lse
 from ..sweeps import Where
 from .options import RowOptions, prepare, row_options, weights
@@ -120,8 +119,7 @@ def _loss(
     blocks = stacked_blocks(rows, options)
     count = negatives_count(blocks)
     harder = negatives_lse(blocks, 1 + beta)
-    hard = negatives_lse(blocks, beta) if beta else count.log()
-    cos = cosine(*rows.units)
-    s_pos = torch.cat((cos, cos)) * rows.t
-    loss = hard_negative(harder, hard, count, s_pos, rows.t, tau_plus)
+    hard = negatives_lse(blocks, beta) if beta else count.to(harder.dtype).log()
+    s_pos = rows.positives(*rows.units).repeat(2)
+    loss = hard_negative(harder, hard, count, s_pos, rows.t, tau_plus).to(rows.units[0].z.dtype)
     return rows.pairs.reduce(loss + rows.alarm, weights(options, loss, 2), reduction)

@@ -14,12 +14,13 @@ from ..numerics import (
     alarm,
     as_given,
     compute_dtype,
+    cosine,
     effective_scale,
     promoted,
     unit_rows,
 )
 from ..softmax_rows import Block
-from ..sweeps import Where
+from ..sweeps import Where, of_rows
 from .plan import Scale
 
 
@@ -122,6 +123,10 @@ class Rows(NamedTuple):
     extra: Unit | None
     alarm: Tensor  # 0, or NaN: a row with nothing to contrast would hide it
 
+    def positives(self, a: Unit, b: Unit) -> Tensor:
+        """`t <a_i, b_i>` (N,), in the dtype of a log-sum-exp."""
+        return cosine(a, b, of_rows(a.z, self.pairs.where)) * self.t
+
 
 def prepare(
     scale: Scale, normalize: bool, where: Where, extra: Tensor | None, *embeddings: Tensor
@@ -132,11 +137,21 @@ def prepare(
     dtype = compute_dtype(given[0].dtype)
     if where.group:
         tensor = shared(tensor, where.group, where.call)
-    t = effective_scale(number, None if tensor is None else tensor.to(dtype), reciprocal, dtype)
     raw = [x.to(dtype) for x in given]
+    # What reaches t is the difference of sums too, and adds up in the dtype it has here.
+    exact = of_rows(raw[0], where)
+    t = effective_scale(number, None if tensor is None else tensor.to(exact), reciprocal, exact)
+    t = _as_kernels_have_it(t, dtype)
     units = [unit_rows(x) if normalize else as_given(x) for x in raw]
     last = None if extra is None else units.pop()
     return Rows(Pairs(where, t), t, tuple(units), last, alarm(*raw))
+
+
+def _as_kernels_have_it(t: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """t as a number of `dtype`: a positive and its negatives must meet the same one."""
+    if isinstance(t, Tensor):
+        return t + (t.detach().to(dtype).to(t.dtype) - t.detach())
+    return torch.tensor(t, dtype=dtype, device="cpu").item() if dtype == torch.float32 else t
 
 
 class Numbered(NamedTuple):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import validation as check
-from ..classes import dense_ids, partners, sums_of_equal, wide
+from ..classes import dense_ids, partners, sums_of_equal
 from ..composite import combined
-from ..numerics import Unit, cosine, full_precision
+from ..numerics import Unit, full_precision, wide
 from ..softmax_rows import Block, linear, negatives_count, negatives_sum, sup_con
 from ..sweeps import Where
 from .options import Numbered, RowOptions, extra_blocks, prepare, row_options, weights
@@ -129,7 +129,7 @@ def _loss(
     lse = combined(
         pairs.lse(z, z, pair_ids, pair_ids, form="self"), *(block.lse() for block in extra)
     )
-    loss = sup_con(lse, cosine(unit, partner) * t, paired)
+    loss = sup_con(lse, rows.positives(unit, partner), paired)
 
     wide_z = wide(z)
     one = z.new_ones(len(z))
@@ -142,7 +142,7 @@ def _loss(
         others = [Block(pairs, z, z, own=(z,)), *extra]
         spread = mean - negatives_sum(others) / negatives_count(others).clamp(min=1)[:, None]
         loss = loss + options.label_smoothing * linear(z, spread, t)
-    loss = torch.where(count > 0, loss, 0.0) + rows.alarm
+    loss = torch.where(count > 0, loss, 0.0).to(z.dtype) + rows.alarm
     weight = weights(options, loss)
     return pairs.reduce(
         loss, None if weight is None else weight.repeat_interleave(views), reduction

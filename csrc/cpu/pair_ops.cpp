@@ -62,12 +62,19 @@ std::int64_t pairs(std::int64_t op, Tensor q, Tensor k, double scale, double bia
     arg.row_weight = numbers<C>(row_weight, q, a.rows, "row_weight");
     arg.col_lse = numbers<C>(col_lse, q, b.rows, "col_lse");
     arg.col_weight = numbers<C>(col_weight, q, b.rows, "col_weight");
-    arg.rows = result<C>(rows, q, a.rows, "rows");
+    const bool sums = which == PairOp::kLse || which == PairOp::kMean;
+    if (sums && rows.numel() > 0 && rows.scalar_type() == ScalarType::Double) {
+      check_output(rows, rows, a.rows, "rows");
+      arg.lse = static_cast<double*>(rows.mutable_data_ptr());
+    } else {
+      arg.rows = result<C>(rows, q, a.rows, "rows");
+    }
     arg.slope = result<C>(slope, q, a.rows, "slope");
     arg.dq = result<C>(dq, q, a.rows * q.size(1), "dq");
     arg.dk = result<C>(dk, q, b.rows * q.size(1), "dk");
-    STD_TORCH_CHECK(a.rows == 0 || which == PairOp::kGrad || arg.rows != nullptr,
-                    "pairs: rows must be given");
+    STD_TORCH_CHECK(
+        a.rows == 0 || which == PairOp::kGrad || arg.rows != nullptr || arg.lse != nullptr,
+        "pairs: rows must be given");
     STD_TORCH_CHECK(a.rows == 0 || which != PairOp::kSigmoid || arg.slope != nullptr,
                     "pairs: slope must be given");
     STD_TORCH_CHECK(which != PairOp::kGrad || ((row_lse.has_value() == row_weight.has_value()) &&

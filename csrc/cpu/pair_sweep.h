@@ -27,6 +27,7 @@ struct PairArguments {
   const std::int32_t *row_ids = nullptr, *col_ids = nullptr;
   const C *row_lse = nullptr, *row_weight = nullptr, *col_lse = nullptr, *col_weight = nullptr;
   C* rows = nullptr;               // lse or loss
+  double* lse = nullptr;           // in the place of rows, not rounded
   C* slope = nullptr;              // of pair_sigmoid
   C *dq = nullptr, *dk = nullptr;  // dq, or the mean of pair_mean
 };
@@ -136,6 +137,9 @@ class PairSweep {
     sweep_.scale = C(sweep_.known ? arg_.scale * kLog2E : arg_.scale);
     sweep_.shift = C(sweep_.known ? maximum.shift * kLog2E : 0.0);
     shift_ = double(sweep_.shift) / kLog2E;  // as it was rounded
+    // t log2(e) was rounded too, by which all s are off alike, and with them the log-sum-exp. The
+    // weights that pair_grad makes of it, with t as it is, are to sum to 1.
+    as_given_ = sweep_.known ? double(C(arg_.scale)) * kLog2E / double(sweep_.scale) : 1.0;
   }
 
   void tile(std::int64_t I, std::int64_t J, C* buffer) const {
@@ -169,7 +173,13 @@ class PairSweep {
       if (arg_.op == PairOp::kLse || arg_.op == PairOp::kMean) {
         const double sum = q_.sum[i];
         const double zero = sweep_.known ? shift_ : double(q_.top[i]);
-        arg_.rows[i] = sum == 0 ? -std::numeric_limits<C>::infinity() : C(std::log(sum) + zero);
+        const double lse = sum == 0 ? -std::numeric_limits<double>::infinity()
+                                    : (std::log(sum) + zero) * as_given_;
+        if (arg_.lse != nullptr) {
+          arg_.lse[i] = lse;
+        } else {
+          arg_.rows[i] = C(lse);
+        }
       } else if (arg_.op == PairOp::kSigmoid) {
         arg_.rows[i] = C(q_.sum[i]) + alarm_;
         arg_.slope[i] = C(slope_[i]);
@@ -205,7 +215,7 @@ class PairSweep {
   Schedule schedule_;
   Sweep<C> sweep_;
   std::int64_t row_edge_ = 0, col_edge_ = 0;
-  double shift_ = 0;
+  double shift_ = 0, as_given_ = 1;
   double* slope_ = nullptr;
   C *alarms_ = nullptr, alarm_ = 0;
   Isa isa_ = best_isa();

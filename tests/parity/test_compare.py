@@ -1,0 +1,57 @@
+"""What `compare.agree` lets pass: planted errors."""
+
+import compare
+import pytest
+import torch
+
+
+class _Off(torch.autograd.Function):
+    """x, with a gradient that is off by a share of its norm, in a direction of its own."""
+
+    @staticmethod
+    def forward(ctx, x, share):
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        other = g.roll(1, -1)
+        return g + ctx.share * g.norm() / other.norm() * other, None
+
+
+def pair(share, size):
+    """A loss of two inputs, the gradient of the first of about this size, of the second 100."""
+
+    def theirs(x, y):
+        return (size * x.cos() + 100 * y.sin()).sum()
+
+    return lambda x, y: theirs(_Off.apply(x, share), y), theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [2e-2, 1.0, 1e3])
+def test_a_gradient_is_judged_by_its_own_norm(size, dtype):
+    inputs = compare.draw(0, 4, 6) + 2, compare.draw(1, 4, 6)
+    compare.agree(*pair(0.0, size), *inputs, dtype=dtype)
+    for share in (1e-3, 1e-1):
+        with pytest.raises(AssertionError, match="the gradient of input 0"):
+            compare.agree(*pair(share, size), *inputs, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_error_of_theirs_allows_no_larger_one_than_the_limit(dtype):
+    """However far off theirs is."""
+    ours, theirs = pair(1e-3, 1.0)
+    bad = pair(1e-1, 1.0)[0]
+    inputs = compare.draw(0, 4, 6) + 2, compare.draw(1, 4, 6)
+    with pytest.raises(AssertionError, match="the gradient of input 0"):
+        compare.agree(ours, bad, *inputs, dtype=dtype, theirs_truth=theirs)
+
+
+def test_the_value_too():
+    x = (compare.draw(0, 4, 6),)
+    with pytest.raises(AssertionError, match="the value"):
+        compare.agree(
+            lambda x: 1.001 * x.square().mean(), lambda x: x.square().mean(), *x,
+            dtype=torch.float32,
+        )  # fmt: skip
