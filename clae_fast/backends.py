@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from . import _extension, cpp, cpp_pairs, cuda, reference, triton_backend
 
 OPERATORS = tuple(reference.__all__)
@@ -18,13 +21,17 @@ class Unavailable(Exception):
 
 
 class Row(NamedTuple):
-    """One kernel: `load()` returns it or raises Unavailable; `can_run(*args)` says why not."""
+    """One kernel: `load()` returns it or raises Unavailable; `can_run(*args)` says why not.
+
+    `unasked(x)`: whether "auto" may choose it for x; by name it is had anyway.
+    """
 
     op: str
     backend: str
     priority: int
     load: Callable[[], Callable[..., Any]]
     can_run: Callable[..., str | None]
+    unasked: Callable[[Tensor], bool] = lambda x: True
 
 
 def _always(*args: Any, **kwargs: Any) -> None:
@@ -45,7 +52,33 @@ def _load_gpu(backend: ModuleType, op: str) -> Callable[..., Any]:
     return kernel
 
 
-_TRITON_CAN = triton_backend.refusal
+def _on_hopper(x: Tensor) -> bool:
+    """GPUs of compute capability 9.0 (H100, H200), which have run and checked these kernels."""
+    return x.device.type == "cuda" and _capability(x.device) == (9, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
+def _never(x: Tensor) -> bool:
+    """Slower than plain PyTorch on an H200 (wide rows, float32): only where asked for by name."""
+    return False
+
+
+def _gpu_row(
+    backend: ModuleType,
+    op: str,
+    priority: int,
+    can_run: Callable[..., str | None],
+    unasked: Callable[[Tensor], bool],
+) -> Row:
+    name = backend.__name__.rpartition(".")[2].removesuffix("_backend")
+    return Row(op, name, priority, functools.partial(_load_gpu, backend, op), can_run, unasked)
+
+
+_MAY_TRITON = {"pair_sigmoid": _never}
 _CPP_PAIRS = tuple(op for op in OPERATORS if op != "sign_step")
 TABLE = (
     *(
@@ -54,13 +87,9 @@ TABLE = (
     ),
     Row("sign_step", "cpp", 10, functools.partial(_load_cpp, "sign_step"), cpp.sign_step_refusal),
     *(Row(op, "cpp", 10, functools.partial(_load_cpp, op), cpp_pairs.refusal) for op in _CPP_PAIRS),
-    # Behind the reference until a GPU has run them: they must be asked for by name.
+    *(_gpu_row(cuda, op, 30, getattr(cuda, f"{op}_refusal"), _on_hopper) for op in cuda.OPERATORS),
     *(
-        Row(op, "cuda", -1, functools.partial(_load_gpu, cuda, op), getattr(cuda, f"{op}_refusal"))
-        for op in cuda.OPERATORS
-    ),
-    *(
-        Row(op, "triton", -2, functools.partial(_load_gpu, triton_backend, op), _TRITON_CAN)
+        _gpu_row(triton_backend, op, 20, triton_backend.refusal, _MAY_TRITON.get(op, _on_hopper))
         for op in triton_backend.OPERATORS
     ),
 )
@@ -91,7 +120,7 @@ def choose(
     for row, kernel in _candidates(op):
         if (
             not isinstance(kernel, str)
-            and backend in ("auto", row.backend)
+            and (backend == row.backend or (backend == "auto" and row.unasked(args[0])))
             and row.can_run(*args, **kwargs) is None
         ):
             return kernel

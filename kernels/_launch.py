@@ -45,7 +45,8 @@ FUSED_WIDTH = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
 # more numbers a row; "gradient" keeps BM x BD of the result, and wider rows (of operators that
 # have no other way) are written in several passes. By kind and dtype, then width: the largest tiles
 # that compile without a spill (bench/aot.py), where it can be with two blocks on a multiprocessor,
-# so that one exponentiates while the other multiplies. GENERATIONS: where a GPU needs others.
+# so that one exponentiates while the other multiplies. GENERATIONS: where a GPU needs others; those
+# of generation 9 at a width of 128 are the fastest of bench/tune.py on an H200.
 Table = dict[int, Config]
 HALF = (torch.bfloat16, torch.float16)
 _SUMS: Table = {
@@ -78,6 +79,15 @@ CONFIGS: dict[tuple[str, torch.dtype], Table] = {
     },
 }
 GENERATIONS: dict[tuple[int, str, torch.dtype], Table] = {
+    **{
+        (9, kind, dtype): _SUMS | {128: Config(128, 128, 128, 4, 2)}
+        for kind in ("sums", "two-sided")
+        for dtype in HALF
+    },
+    **{
+        (9, kind, torch.bfloat16): _GRADIENT | {128: Config(64, 128, 128, 4, 2)}
+        for kind in ("gradient", "mean")
+    },
     **{(8, "two-sided", dtype): _SUMS | {MAX_WIDTH: Config(128, 128, 64, 16, 2)} for dtype in HALF},
     **{(8, "sums", dtype): _SUMS | {MAX_WIDTH: Config(128, 128, 64, 16, 2)} for dtype in HALF},
     **{(8, "uel", dtype): {MAX_WIDTH: Config(64, 64, 128, 8, 2)} for dtype in HALF},

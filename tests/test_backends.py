@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -201,3 +202,20 @@ def test_the_interpreter_asked_for_too_late_is_named():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "set after triton had been imported, which is too late" in ran.stderr
+
+
+def test_gpu_kernels_are_chosen_where_they_have_run(monkeypatch):
+    """On GPUs of capability 9.0; elsewhere, and pair_sigmoid of Triton, by name alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
+    rows = {(r.op, r.backend): r for r in backends.TABLE}
+    backends._capability.cache_clear()
+    for generation, chosen in ((8, False), (9, True), (10, False)):
+        x = types.SimpleNamespace(device=torch.device("cuda", generation))
+        assert rows["contrast", "cuda"].unasked(x) is chosen
+        assert rows["sign_step", "cuda"].unasked(x) is chosen
+        assert rows["pair_lse", "triton"].unasked(x) is chosen
+        assert not rows["pair_sigmoid", "triton"].unasked(x)
+    backends._capability.cache_clear()
+    assert not rows["pair_lse", "triton"].unasked(torch.empty(4, 8))  # the interpreter's
+    assert rows["pair_lse", "cpp"].unasked(torch.empty(4, 8))
