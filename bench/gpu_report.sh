@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 case ${1:-} in
   -*)
-    sed -n '2,9s/^# \{0,1\}//p' "bench/$(basename "$0")"
+    sed -n '2,11s/^# \{0,1\}//p' "bench/$(basename "$0")"
     exit 2
     ;;
 esac
@@ -56,10 +56,18 @@ print("%d.%d" % torch.cuda.get_device_capability())')
 export TORCH_CUDA_ARCH_LIST
 step "build" 80 "$python" -m pip install -q --no-build-isolation --no-deps -e .
 step "what was built" 20 "$python" -m clae_fast info
-step "operators against float64" 90 "$python" -m pytest -q tests/test_gpu.py
+spread=$("$python" -c 'import os, xdist; print("-n", min(12, os.cpu_count() or 1))' 2>/dev/null)
+# shellcheck disable=SC2086  # two words, or none
+step "operators against float64" 300 "$python" -m pytest -q $spread tests/test_gpu.py
+compiled=()
+for dtype in bfloat16 float16 float32; do  # what the sanitizers then find in Triton's cache
+  timeout 150 "$python" bench/gpu_small.py "$dtype" >>"$log" 2>&1 &
+  compiled+=($!)
+done
+wait "${compiled[@]}"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    step "compute-sanitizer, $tool" 25 \
+    step "compute-sanitizer, $tool" 45 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_small.py "$tool"
   done
 else

@@ -1,8 +1,8 @@
 """Results to the README's tables (between markers) and to SVG plots; wins and losses alike.
 
-    python bench/report.py bench/results/cpu-*.json
+    python bench/report.py bench/results/cpu-*.json bench/results/gpu-*.json
 
-The last file given makes the README's tables and the plots; every file's are printed.
+The last file of a CPU and of a GPU make the README's tables and plots; every file's are printed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_block
 from goals import goals
 from plots import COLORS, draw, series
 from results_file import (
@@ -300,16 +301,21 @@ def block(result: Result, images: list[str]) -> str:
 
 
 def insert(text: str, result: Result) -> str:
-    """`text` with the tables between its two markers.
+    """`text` with the tables of a run between their two markers.
 
     Raises:
         ReportError: a marker is missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ReportError(f"README.md: expected the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{block(result, [name for name, *_ in series(result)])}{END}{after}"
+    begin, end = BEGIN, END
+    if gpu_block.is_of_a_gpu(result):
+        begin, end, tables = gpu_block.BEGIN, gpu_block.END, gpu_block.gpu_block(result)
+    else:
+        tables = block(result, [name for name, *_ in series(result)])
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ReportError(f"README.md: expected the lines {begin} and {end}")
+    return f"{before}{begin}\n{tables}{end}{after}"
 
 
 TABLES = (
@@ -325,10 +331,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         results = [load(path) for path in args.results]
-        if not args.print and (lack := incomplete(results[-1])):
-            raise ReportError(f"{args.results[-1]}: expected a whole run ({lack})")
         readme = ROOT / "README.md"
-        text = insert(readme.read_text(), results[-1])
+        text, drawn = readme.read_text(), None
+        for path, result in zip(args.results, results, strict=True):
+            if not gpu_block.is_of_a_gpu(result):
+                if not args.print and (lack := incomplete(result)):
+                    raise ReportError(f"{path}: expected a whole run ({lack})")
+                drawn = result
+            text = insert(text, result)
     except ReportError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
@@ -337,7 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         for lines in TABLES:
             print("\n".join(lines(result)))
     if not args.print:
-        draw(results[-1], ROOT / "docs")
+        if drawn is not None:
+            draw(drawn, ROOT / "docs")
         write_whole(readme, text.encode())
     return 0
 
