@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import validation as check
 from .backends import requested, serving
 from .grad import leaf
-from .numerics import compute_dtype
+from .numerics import compute_dtype, no_autocast
 from .ops import call
 
 Size = float | Tensor
@@ -173,7 +173,8 @@ def input_gradient(loss_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
         if not loss.requires_grad:
             raise ValueError("loss_fn must depend on x, got a result that does not require grad")
-        torch.autograd.backward(loss, inputs=[start])
+        with no_autocast(loss):
+            torch.autograd.backward(loss, inputs=[start])
     if start.grad is None:
         raise ValueError("loss_fn must depend on x, got a result that does not")
     return start.grad

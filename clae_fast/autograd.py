@@ -16,7 +16,15 @@ from torch.autograd import forward_ad
 from . import reference
 from .contrast_grad import contrast_grad
 from .group_autograd import reduce_over_group, shared
-from .numerics import as_given, compute_dtype, effective_scale, full_precision, to_raw, unit_rows
+from .numerics import (
+    as_given,
+    compute_dtype,
+    effective_scale,
+    full_precision,
+    no_autocast,
+    to_raw,
+    unit_rows,
+)
 from .ops import call, raw
 
 Need = Sequence[bool]
@@ -118,10 +126,11 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def _once(fn: Callable[..., Any], *tensors: Tensor | None) -> Any:
-    """`fn(*tensors)` in a backward, guarded against a second one."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _FirstOrder.apply(fn, *tensors)
-    return fn(*tensors)
+    """`fn(*tensors)` in a backward, in full precision, guarded against a second one."""
+    if torch.compiler.is_compiling():
+        return fn(*tensors)
+    with no_autocast(tensors[0]):
+        return _FirstOrder.apply(fn, *tensors) if torch.is_grad_enabled() else fn(*tensors)
 
 
 # -------------------------------------------------------------------- NT-Xent, InfoNCE and CLIP

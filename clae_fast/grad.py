@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import validation as check
 from .functional import PLANS, Plan, add_bias
 from .losses import FORWARDS, ContrastiveLoss
+from .numerics import no_autocast
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -156,7 +157,8 @@ def _by_autograd(
         wanted = [x for x, n in zip(leaves, need, strict=True) if n]
         if loss.requires_grad and wanted:
             # Not autograd.grad: it raises under FlopCounterMode. The leaves are private.
-            torch.autograd.backward(loss, inputs=wanted)
+            with no_autocast(loss):  # as PyTorch advises: its own products would be cast down
+                torch.autograd.backward(loss, inputs=wanted)
     grads = (None if not n else x.grad for x, n in zip(leaves, need, strict=True))
     return loss.detach(), tuple(
         torch.zeros_like(x) if n and g is None else g

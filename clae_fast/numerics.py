@@ -1,5 +1,6 @@
 """Small numerics that the reference and the glue around the operators share."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -38,6 +39,13 @@ def full_precision(
             return fn(x, *args, **kwargs)
 
     return run
+
+
+def no_autocast(x: Tensor | None) -> contextlib.AbstractContextManager[object]:
+    """Autocast off on the device of x, for a backward that is run inside autocast."""
+    if x is None or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def effective_scale(
@@ -98,8 +106,12 @@ def cosine(a: Unit, b: Unit, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """`log(1 + e^x)`; F.softplus turns linear at 20, which float64 notices."""
-    return torch.logaddexp(x, x.new_zeros(()))
+    """`log(1 + e^x)`; F.softplus turns linear at 20, which float64 notices.
+
+    0 at -inf with derivatives of 0, where the second one of logaddexp is NaN.
+    """
+    nothing = x == -math.inf
+    return torch.where(nothing, 0.0, torch.logaddexp(x.masked_fill(nothing, 0.0), x.new_zeros(())))
 
 
 def log_sum_exp(s: Tensor, in_float64: bool = False) -> Tensor:

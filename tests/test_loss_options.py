@@ -515,3 +515,27 @@ def test_weights_that_sum_to_nothing(loss):
     value.backward()
     assert value == 0
     assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_gradients_under_autocast(backward_inside):
+    """In float32, also where the backward runs inside autocast."""
+    x, y, target = torch.randn(32, 16), torch.randn(32, 16), torch.rand(32, 32)
+    ids = torch.arange(32) // 2
+    for loss in (
+        lambda a, b: cf.clip_loss(a, b, 5.0, normalize=True, targets=target),
+        lambda a, b: cf.clip_loss(a, b, 5.0, normalize=True, targets=target.to_sparse()),
+        lambda a, b: cf.siglip_loss(a, b, 5.0, -5.0, normalize=True, positive_ids=ids),
+        lambda a, b: cf.nt_xent_loss(a, b, ids=ids, label_smoothing=0.1),
+    ):
+        expected = cf.value_and_grad(loss)(x, y)[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            if backward_inside:
+                got = cf.value_and_grad(loss)(x, y)[1]
+            else:
+                leaves = [v.clone().requires_grad_() for v in (x, y)]
+                value = loss(*leaves)
+        if not backward_inside:
+            got = torch.autograd.grad(value, leaves)
+        for a, b in zip(got, expected, strict=True):
+            assert error(a, b) < 1e-6

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import subprocess
 import sys
 
@@ -302,6 +303,45 @@ def test_uel_with_a_dominant_negative():
             assert error(loss, ref) < 1e-5
             for out, g in zip(torch.autograd.grad(loss, leaves), grads, strict=True):
                 assert error(out, g) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gap", [50.0, 150.0, 1500.0])
+def test_uel_with_a_negative_far_above_the_others(gap, dtype):
+    """The others are 0 beside the largest, and are still what log(1 - p) of it is made of."""
+
+    def at(*angles):
+        angles = torch.tensor(angles, dtype=torch.float64)
+        return torch.stack((angles.cos(), angles.sin()), 1).to(dtype)
+
+    xs = [at(0.0, 0.01), at(math.pi - 0.01, math.acos(-0.2))]
+    temperature = 1.2 / gap
+    exact = [x.double().requires_grad_() for x in xs]
+    ref = uel_loss(*exact, temperature=temperature, reduction="none", backend="reference")
+    leaves = [x.clone().requires_grad_() for x in xs]
+    loss = uel_loss(*leaves, temperature=temperature, reduction="none")
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert error(loss, ref) < limit
+    grads = torch.autograd.grad(ref.sum(), exact)
+    for out, g in zip(torch.autograd.grad(loss.sum(), leaves), grads, strict=True):
+        assert error(out, g) < limit
+
+
+def test_second_derivatives_where_nothing_is_contrasted():
+    """A row without negatives has loss 0, and all its derivatives are 0."""
+    x, y = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    n, first = torch.randn(5, 3, dtype=torch.float64), torch.tensor([7, 1, 2, 3])
+    for value in (
+        info_nce_loss(x, y, n, query_ids=first, key_ids=torch.full((5,), 7), backend="reference"),
+        clip_loss(x, y, 2.0, normalize=True, ids=torch.zeros(4, dtype=torch.int64),
+                  backend="reference"),
+        nt_xent_loss(x[:1], y[:1], backend="reference"),
+    ):  # fmt: skip
+        grads = torch.autograd.grad(value, (x, y), create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        for second in torch.autograd.grad(penalty, (x, y)):
+            assert second.isfinite().all()
+            assert not second[0].any()
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 100.0, 300.0])

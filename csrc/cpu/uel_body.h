@@ -43,30 +43,37 @@ static void uel_scores(const Uel<C>& u, std::int64_t begin, std::int64_t rows, s
   }
 }
 
+template <typename C>
+static C largest_in(const C* x, std::int64_t padded) {
+  Vector<C> tops = at(x);
+  for (std::int64_t j = kLanes<C>; j < padded; j += kLanes<C>) {
+    tops = at(x + j) > tops ? at(x + j) : tops;
+  }
+  return largest_of<C>(tops);
+}
+
 // One row: writes its loss and turns its scores into the weights g of the keys. Returns the weight
 // of the positive key.
 template <typename C>
 static C uel_row(const Uel<C>& u, std::int64_t row, C s_pos, std::int64_t padded, C* x) {
   const C log2e = C(1.4426950408889634), none = -__builtin_inf(), m = C(u.m);
   const C log_m = C(__builtin_log(u.m)), log_m1 = u.m > 1 ? C(__builtin_log(u.m - 1)) : none;
-  Vector<C> tops = at(x);
-  for (std::int64_t j = kLanes<C>; j < padded; j += kLanes<C>) {
-    tops = at(x + j) > tops ? at(x + j) : tops;
-  }
-  const C highest = largest_of<C>(tops);
+  const C highest = largest_in(x, padded);
   std::int64_t top = 0;
   for (std::int64_t j = padded - 1; j >= 0; --j) top = x[j] == highest ? j : top;
-  const C s_top = x[top], zero = finite_or_zero(s_top);
+  const C s_top = x[top];
   x[top] = none;
+  // Of the others the sum has a maximum of its own: next to the largest it may be 0.
+  const C zero = finite_or_zero(largest_in(x, padded));
   Vector<C> sums = {};
   for (std::int64_t j = 0; j < padded; j += kLanes<C>) {
     Vector<C> e = (at(x + j) - zero) * log2e;
     exp2_of(e);
     sums += e;
   }
-  const double others = double(sum_of<C>(sums));
-  const double with_top = others + (s_top == none ? 0.0 : __builtin_exp(double(s_top - zero)));
-  const C lse = with_top == 0 ? none : C(__builtin_log(with_top)) + zero;
+  const double sum = double(sum_of<C>(sums));
+  const C others = sum == 0 ? none : C(__builtin_log(sum)) + zero;
+  const C lse = log_of_sum(s_top, others);
   const C margin = lse + log_m - s_pos, log_p_pos = -softplus_of(margin);
   const C log_z = s_pos - log_p_pos;
   const C x_top = s_top - log_z;
@@ -82,8 +89,7 @@ static C uel_row(const Uel<C>& u, std::int64_t row, C s_pos, std::int64_t padded
   }
   C log_rest = C(__builtin_log1p(-__builtin_exp(double(x_top))));
   if (x_top > C(-0.6931471805599453) || x_top != x_top) {
-    const C rest = others == 0 ? none : C(__builtin_log(others)) + zero - log_z + log_m;
-    log_rest = log_of_sum(log_of_sum(log_p_pos, rest), x_top + log_m1);
+    log_rest = log_of_sum(log_of_sum(log_p_pos, others - log_z + log_m), x_top + log_m1);
   }
   u.loss[row] = -log_p_pos - m * (sum_of<C>(small) + log_rest);
   if (!u.need_dq) return 0;
