@@ -146,6 +146,11 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be callable, got {type(value).__name__}")
 
 
+def instance(name: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
 
