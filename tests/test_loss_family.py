@@ -7,6 +7,7 @@ from dense import backends_with, error
 from test_losses import TOLERANCE, upstream_for
 
 import clae_fast as cf
+from clae_fast.compat.solo import simclr_loss_func
 
 BACKENDS = backends_with("pair_lse")
 SIZES = [(1, 3), (2, 5), (3, 1), (7, 40), (127, 17)]
@@ -542,12 +543,27 @@ def test_modules_equal_functions():
         (lambda x, y: cf.sup_con_loss(x, [1, 2, 3, 4]), TypeError, "labels must be a torch.Tensor"),
         (lambda x, y: cf.dcl_loss(x, y, weight_fn=3), TypeError, "weight_fn must be callable"),
         (lambda x, y: cf.dcl_loss(x, y, weight_fn=lambda a, b: a), ValueError, r"return \(4,\)"),
+        (lambda x, y: cf.dcl_loss(x, y, weight_fn=cf.negative_mises_fisher_weights), TypeError,
+         r"^weight_fn must map two \(B, D\) to \(B,\), got negative_mises.*\(sigma.*: did you mean "
+         r"negative_mises_fisher_weights\(sigma\)\?$"),
+        (lambda x, y: cf.DCLLoss(weight_fn=cf.negative_mises_fisher_weights), TypeError, "did you"),
+        (lambda x, y: cf.dcl_loss(x, y, weight_fn=lambda p: p), TypeError,
+         r"^weight_fn must map two \(B, D\) to \(B,\), got <lambda>\(p\)$"),
+        (lambda x, y: cf.dcl_loss(x, y, weight_fn=lambda a, b: len(a, b)), TypeError,
+         r"^len\(\) takes exactly one"),  # the function's own
         (lambda x, y: cf.dcl_loss(x, y[:2]), ValueError, r"z_j must be \(4, 3\)"),
         (lambda x, y: cf.negative_mises_fisher_weights(0.0), ValueError, "sigma must be positive"),
         (lambda x, y: cf.hard_negative_loss(x, y, beta=-1.0), ValueError, "beta must be finite"),
         (lambda x, y: cf.hard_negative_loss(x, y, tau_plus=1.0), ValueError, "tau_plus must lie"),
         (lambda x, y: cf.HardNegativeLoss(tau_plus=-0.1), ValueError, "tau_plus must lie in"),
-        (lambda x, y: cf.siglip_loss(x, y, 1.0, "b"), TypeError, "logit_bias must be a number"),
+        (lambda x, y: cf.negative_mises_fisher_weights(torch.tensor(0.5)), TypeError,
+         "^sigma must be a number, got Tensor$"),
+        (lambda x, y: simclr_loss_func(x, torch.arange(4), torch.tensor(0.1)), TypeError,
+         "^temperature must be a number, got Tensor$"),
+        (lambda x, y: cf.siglip_loss(x, y, 1.0, None), TypeError,
+         "^logit_bias must be a number or a one-element tensor, got NoneType$"),
+        (lambda x, y: cf.clip_loss(x, y, 1.0, "b"), TypeError,
+         "^logit_bias must be None, a number or a one-element tensor, got str$"),
         (lambda x, y: cf.siglip_loss(x, y, 0.0, 1.0), ValueError, "logit_scale must be positive"),
         (lambda x, y: cf.siglip_loss(x, y, 1.0, 0.0, positive_ids=torch.ones(4)), TypeError,
          "positive_ids must be of an integer type, got torch.float32"),
