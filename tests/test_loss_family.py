@@ -399,6 +399,29 @@ def test_differentiable_twice_by_the_reference_alone(name):
         g.square().sum().backward()
 
 
+TWICE = {
+    **{name: case[0] for name, case in CASES.items()},
+    "nt_xent": lambda x, y, tau: cf.nt_xent_loss(x, y, temperature=tau),
+    "info_nce": lambda x, y, tau: cf.info_nce_loss(x, y, temperature=tau),
+    "uel": lambda x, y, tau: cf.uel_loss(x, y, temperature=tau),
+    "clip": lambda x, y, tau: cf.clip_loss(x, y, tau),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_backward_twice_over_one_graph(name):
+    """Needs `retain_graph=True`, as everywhere, and no other backend."""
+    leaves = [x.requires_grad_() for x in inputs(6, 4)]
+    leaves.append(torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
+    loss = TWICE[name](*leaves)
+    loss.backward(retain_graph=True)
+    once = [x.grad.clone() for x in leaves if x.grad is not None]
+    loss.backward()
+    twice = [x.grad for x in leaves if x.grad is not None]
+    assert once
+    assert all(torch.equal(b, 2 * a) for a, b in zip(once, twice, strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [
