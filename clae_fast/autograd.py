@@ -106,7 +106,7 @@ def _refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Runs the arithmetic of a backward under create_graph; a second backward raises.
+    """Runs the arithmetic of a backward under create_graph; differentiating that raises.
 
     Gradients saved in forward are constants to autograd, so the second derivative would be
     silently wrong. The original inputs come along: the result requires grad, and a gradient

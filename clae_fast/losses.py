@@ -33,9 +33,15 @@ class ContrastiveLoss(nn.Module):
         self.normalize = normalize
         self.backend = backend
 
-    def keywords(self) -> dict[str, Any]:
-        """The keyword arguments for `function`."""
-        return {name: getattr(self, name) for name in self.options}
+    def keywords(self, **given: Any) -> dict[str, Any]:
+        """The keyword arguments for `function`: the module's own, and those of a call."""
+        for name in self.options:
+            if name in given:
+                kind = type(self).__name__
+                raise TypeError(
+                    f"{name} belongs to {kind}({name}=...), got {name}={given[name]!r} at a call"
+                )
+        return {name: getattr(self, name) for name in self.options} | given
 
     def extra_repr(self) -> str:
         shown = {k: v for k, v in self.keywords().items() if v is not None}
@@ -52,7 +58,7 @@ class ContrastiveLoss(nn.Module):
                 self.register_buffer("temperature", temperature)
                 return
         else:
-            check.positive_number("temperature", temperature)
+            check.positive_number("temperature", temperature, check.NUMBER_OR_TENSOR)
         self.temperature = temperature
 
 
@@ -91,7 +97,7 @@ class NTXentLoss(ContrastiveLoss):
         self.label_smoothing = label_smoothing
 
     def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
-        return type(self).function(z_i, z_j, **self.keywords(), **options)
+        return type(self).function(z_i, z_j, **self.keywords(**options))
 
 
 class InfoNCELoss(ContrastiveLoss):
@@ -146,7 +152,7 @@ class InfoNCELoss(ContrastiveLoss):
         negative_keys: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        return type(self).function(query, positive_key, negative_keys, **self.keywords(), **options)
+        return type(self).function(query, positive_key, negative_keys, **self.keywords(**options))
 
 
 class UELLoss(ContrastiveLoss):
@@ -182,7 +188,7 @@ class UELLoss(ContrastiveLoss):
         self.negative_weight = negative_weight
 
     def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
-        return type(self).function(z_i, z_j, **self.keywords(), **options)
+        return type(self).function(z_i, z_j, **self.keywords(**options))
 
 
 class ClipLoss(ContrastiveLoss):
@@ -225,7 +231,7 @@ class ClipLoss(ContrastiveLoss):
         **options: Any,
     ) -> Tensor:
         return type(self).function(
-            image_features, text_features, logit_scale, logit_bias, **self.keywords(), **options
+            image_features, text_features, logit_scale, logit_bias, **self.keywords(**options)
         )
 
 
@@ -264,7 +270,7 @@ class SigLipLoss(ContrastiveLoss):
         **options: Any,
     ) -> Tensor:
         return type(self).function(
-            image_features, text_features, logit_scale, logit_bias, **self.keywords(), **options
+            image_features, text_features, logit_scale, logit_bias, **self.keywords(**options)
         )
 
 
@@ -301,7 +307,7 @@ class SupConLoss(ContrastiveLoss):
         self.label_smoothing = label_smoothing
 
     def forward(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        return type(self).function(features, labels, **self.keywords(), **options)
+        return type(self).function(features, labels, **self.keywords(**options))
 
 
 class DCLLoss(ContrastiveLoss):
@@ -334,12 +340,12 @@ class DCLLoss(ContrastiveLoss):
     ) -> None:
         super().__init__(reduction, normalize, backend, group, exchange)
         if weight_fn is not None:
-            check.function("weight_fn", weight_fn)
+            functional.check_weight_fn(weight_fn)
         self._set_temperature(temperature)
         self.weight_fn = weight_fn
 
     def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
-        return type(self).function(z_i, z_j, **self.keywords(), **options)
+        return type(self).function(z_i, z_j, **self.keywords(**options))
 
 
 class HardNegativeLoss(ContrastiveLoss):
@@ -379,7 +385,7 @@ class HardNegativeLoss(ContrastiveLoss):
         self.tau_plus = tau_plus
 
     def forward(self, z_i: Tensor, z_j: Tensor, **options: Any) -> Tensor:
-        return type(self).function(z_i, z_j, **self.keywords(), **options)
+        return type(self).function(z_i, z_j, **self.keywords(**options))
 
 
 FORWARDS = frozenset(

@@ -14,8 +14,10 @@ class MemoryQueue(nn.Module):
     """The last `size` keys, oldest out first: a `negative_keys` for `info_nce_loss`.
 
     What a call returns is a copy that no later `enqueue` changes, so the order of `enqueue` and
-    `backward` does not matter. Keys, ids and position are buffers: they move and are saved with the
-    module, and two runs from one checkpoint see one queue. Until the queue is full, a call returns
+    `backward` does not matter. Keys, ids and position are buffers: they move, are saved and are
+    broadcast (DistributedDataParallel) with the module, and two runs from one checkpoint see one
+    queue. (What a compiled call knows of a broadcast is what the last `len(queue)` or other
+    uncompiled call saw.) Until the queue is full, a call returns
     only what has been put in: from an empty one the first step's loss is 0, and has no gradient.
     MoCo starts with random rows: `random=True`.
 
@@ -44,6 +46,7 @@ class MemoryQueue(nn.Module):
 
     keys: Tensor
     ids: Tensor | None
+    position: Tensor
 
     def __init__(
         self,
@@ -65,9 +68,10 @@ class MemoryQueue(nn.Module):
         self.register_buffer("keys", torch.zeros(size, dim, dtype=dtype, device=device))
         numbers = torch.zeros(size, dtype=torch.int64, device=device) if ids else None
         self.register_buffer("ids", numbers)
-        # Where the next key goes, how many there are: numbers, as a tensor on a GPU would have to
-        # be waited for, but in the checkpoint.
-        self._next = self._filled = 0
+        position = torch.zeros(2, dtype=torch.int64, device=device)
+        self.register_buffer("position", position)  # where the next key goes, how many there are
+        self._known: tuple[int, int] = (0, 0)
+        self._seen: tuple[int, int] | None = None
         if random:
             self.fill_random()
 
@@ -81,50 +85,84 @@ class MemoryQueue(nn.Module):
         Args:
             generator: of the queue's device; None: PyTorch's own.
         """
+        if generator is not None:
+            check.instance("generator", generator, torch.Generator, "None or a torch.Generator")
         device = self.keys.device
         rows = torch.randn(self.keys.shape, generator=generator, dtype=torch.float32, device=device)
         self.keys.copy_(nn.functional.normalize(rows))
         if self.ids is not None:
             self.ids.copy_(-1 - torch.arange(len(self.ids), device=self.ids.device))
-        self._next, self._filled = 0, len(self.keys)
+        self._place(0, len(self.keys))
         return self
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"next": self._next, "filled": self._filled, "size": len(self.keys)}
+    def _at(self) -> tuple[int, int]:
+        """Where the next key goes, how many there are: a copy, as a GPU would be waited for.
 
-    def set_extra_state(self, state: Any) -> None:
-        size, (at, filled) = len(self.keys), (state["next"], state["filled"])
-        if state.get("size", size) != size:
-            raise ValueError(f"the queue holds {size} keys, the saved one {state['size']}")
-        if not 0 <= filled <= size or not 0 <= at < size or (filled < size and at != filled):
-            raise ValueError(
-                f"next must be where {filled} of {size} keys end, got {at}: the saved state is "
-                "damaged"
-            )
-        self._next, self._filled = at, filled
+        The buffer is read where that is free, or where another may have written it: seen by its
+        version, but for DistributedDataParallel's forward, which hides what it broadcasts. A
+        compiled call takes the copy, as reading would break its graph.
+        """
+        x = self.position
+        if x.is_meta or torch.compiler.is_compiling():
+            return self._known
+        seen = self._seen is not None and self._seen == _mark(x)
+        if not seen or x.device.type == "cpu" or _several_processes():
+            at, filled = (int(n) for n in x.tolist())
+            size = len(self.keys)
+            if not 0 <= filled <= size or not 0 <= at < size or (filled < size and at != filled):
+                raise ValueError(
+                    f"position must be where {filled} of {size} keys end, got {at}: the saved "
+                    "state is damaged"
+                )
+            self._known, self._seen = (at, filled), _mark(x)
+        return self._known
+
+    @torch.no_grad()
+    def _place(self, at: int, filled: int) -> None:
+        """Write the position; numbers travel with the launch, so that no GPU is waited for."""
+        self.position[0] = at
+        self.position[1] = filled
+        self._known = at, filled
+        if not torch.compiler.is_compiling():
+            self._seen = _mark(self.position)
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy's buffer is another one: it is read anew."""
+        super().__setstate__(state)
+        self._seen = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MemoryQueue":
+        known, before = self._at(), self.position
+        super()._apply(fn, recurse)
+        if self.position is not before:
+            self._place(*known)  # `to_empty` brings no values along
+        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """As any module, but what is loaded in part or fails leaves an empty queue, no mixture."""
-        parts = {"keys": self.keys, "ids": self.ids, "_extra_state": None}
-        found = {prefix + name for name in parts} & state_dict.keys()
+        parts = {"keys": self.keys, "ids": self.ids, "position": self.position}
+        kept = {prefix + name: x for name, x in parts.items() if x is not None}
+        if not any(prefix + name in state_dict for name in parts):
+            return super()._load_from_state_dict(state_dict, prefix, *rest)
         whole = all(
-            prefix + name in found and state_dict[prefix + name].shape == x.shape
-            for name, x in parts.items()
-            if x is not None
+            getattr(state_dict.get(name), "shape", None) == x.shape for name, x in kept.items()
         )
-        whole = whole and prefix + "_extra_state" in found
-        at, filled = self._next, self._filled
-        if found:
-            self._next = self._filled = 0
+        self._place(0, 0)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if not found:
-            self._next, self._filled = at, filled
-        elif not whole:
-            self._next = self._filled = 0
+        if self.position is not parts["position"]:  # assign=True: the caller's own tensor
+            self.position = self.position.clone()
+        self._seen = None
+        if not whole:
+            return self._place(0, 0)
+        try:
+            self._at()
+        except ValueError:
+            self._place(0, 0)
+            raise
 
     def __len__(self) -> int:
         """How many keys are in it."""
-        return self._filled
+        return self._at()[1]
 
     def forward(self) -> Tensor:
         """The keys that are in it, oldest first, (M, D): a copy."""
@@ -137,9 +175,10 @@ class MemoryQueue(nn.Module):
         return self._ordered(self.ids)
 
     def _ordered(self, buffer: Tensor) -> Tensor:
-        if self._filled < len(buffer):
-            return buffer[: self._filled].clone()
-        return torch.cat((buffer[self._next :], buffer[: self._next]))
+        at, filled = self._at()
+        if filled < len(buffer):
+            return buffer[:filled].clone()
+        return torch.cat((buffer[at:], buffer[:at]))
 
     @torch.no_grad()
     def enqueue(
@@ -177,19 +216,28 @@ class MemoryQueue(nn.Module):
     def _put(self, keys: Tensor, ids: Tensor | None) -> None:
         size, count = len(self.keys), len(keys)
         kept = min(count, size)
-        start = (self._next + count - kept) % size
+        at, filled = self._at()
+        start = (at + count - kept) % size
         head = min(kept, size - start)
         for buffer, new in ((self.keys, keys), (self.ids, ids)):
             if buffer is not None and new is not None:
                 new = new[count - kept :]
                 buffer[start : start + head] = new[:head]
                 buffer[: kept - head] = new[head:]
-        self._next = (start + kept) % size
-        self._filled = min(size, self._filled + count)
+        self._place((start + kept) % size, min(size, filled + count))
 
     def extra_repr(self) -> str:
         size, dim = self.keys.shape
         return f"{size}, {dim}" + (", ids=True" if self.ids is not None else "")
+
+
+def _mark(x: Tensor) -> tuple[int, int] | None:
+    """Changes when x is replaced or written; None: nothing tells."""
+    return None if x.is_inference() else (id(x), x._version)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -215,6 +263,7 @@ def momentum_update(encoder: nn.Module, key_encoder: nn.Module, m: float = 0.999
         m: in [0, 1]; 0 copies, 1 leaves the parameters alone.
 
     Raises:
+        TypeError: for encoders that are no modules, such as their parameters.
         ValueError: for another m, or modules whose parameters or buffers differ in name, shape or
             device.
 
@@ -228,6 +277,8 @@ def momentum_update(encoder: nn.Module, key_encoder: nn.Module, m: float = 0.999
         >>> torch.equal(encoder.weight, key_encoder.weight)
         True
     """
+    for name, module in (("encoder", encoder), ("key_encoder", key_encoder)):
+        check.instance(name, module, nn.Module, "an nn.Module")
     check.number("m", m)
     if not 0 <= m <= 1:
         raise ValueError(f"m must lie in [0, 1], got {m}")

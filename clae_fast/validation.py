@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NUMBER_OR_TENSOR = "a number or a one-element tensor"
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -98,15 +99,13 @@ def positive_scalar(name: str, value: Any, like: Tensor) -> None:
     """A positive finite number, or a one-element float tensor (whose value is not read)."""
     if isinstance(value, Tensor):
         return one_element(name, value, like)
-    return positive_number(name, value)
+    return positive_number(name, value, NUMBER_OR_TENSOR)
 
 
-def positive_number(name: str, value: Any) -> None:
-    """A positive finite number."""
+def positive_number(name: str, value: Any, expected: str = "a number") -> None:
+    """A positive finite number; `expected`: what the caller would take too."""
     if not is_number(value):
-        raise TypeError(
-            f"{name} must be a number or a one-element tensor, got {type(value).__name__}"
-        )
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     if not (0 < value < math.inf):
         raise ValueError(f"{name} must be positive and finite, got {value}")
     if not (1e-37 <= value <= 1e37):  # it and its inverse must be float32 numbers
@@ -114,10 +113,10 @@ def positive_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must lie between 1e-37 and 1e37, got {shown}")
 
 
-def number(name: str, value: Any, at_least: float = -math.inf) -> None:
-    """A finite number, not below `at_least`."""
+def number(name: str, value: Any, at_least: float = -math.inf, expected: str = "a number") -> None:
+    """A finite number, not below `at_least`; `expected`: what the caller would take too."""
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     if not (at_least <= value and -math.inf < value < math.inf):
         limit = "" if at_least == -math.inf else f" and at least {at_least}"
         raise ValueError(f"{name} must be finite{limit}, got {value}")
@@ -144,6 +143,11 @@ def function(name: str, value: Any) -> None:
         )
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
+def instance(name: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
 def is_number(value: Any) -> bool:

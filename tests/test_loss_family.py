@@ -7,6 +7,7 @@ from dense import backends_with, error
 from test_losses import TOLERANCE, upstream_for
 
 import clae_fast as cf
+from clae_fast.compat.solo import simclr_loss_func
 
 BACKENDS = backends_with("pair_lse")
 SIZES = [(1, 3), (2, 5), (3, 1), (7, 40), (127, 17)]
@@ -398,6 +399,29 @@ def test_differentiable_twice_by_the_reference_alone(name):
         g.square().sum().backward()
 
 
+TWICE = {
+    **{name: case[0] for name, case in CASES.items()},
+    "nt_xent": lambda x, y, tau: cf.nt_xent_loss(x, y, temperature=tau),
+    "info_nce": lambda x, y, tau: cf.info_nce_loss(x, y, temperature=tau),
+    "uel": lambda x, y, tau: cf.uel_loss(x, y, temperature=tau),
+    "clip": lambda x, y, tau: cf.clip_loss(x, y, tau),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_backward_twice_over_one_graph(name):
+    """Needs `retain_graph=True`, as everywhere, and no other backend."""
+    leaves = [x.requires_grad_() for x in inputs(6, 4)]
+    leaves.append(torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
+    loss = TWICE[name](*leaves)
+    loss.backward(retain_graph=True)
+    once = [x.grad.clone() for x in leaves if x.grad is not None]
+    loss.backward()
+    twice = [x.grad for x in leaves if x.grad is not None]
+    assert once
+    assert all(torch.equal(b, 2 * a) for a, b in zip(once, twice, strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [
@@ -542,12 +566,27 @@ def test_modules_equal_functions():
         (lambda x, y: cf.sup_con_loss(x, [1, 2, 3, 4]), TypeError, "labels must be a torch.Tensor"),
         (lambda x, y: cf.dcl_loss(x, y, weight_fn=3), TypeError, "weight_fn must be callable"),
         (lambda x, y: cf.dcl_loss(x, y, weight_fn=lambda a, b: a), ValueError, r"return \(4,\)"),
+        (lambda x, y: cf.dcl_loss(x, y, weight_fn=cf.negative_mises_fisher_weights), TypeError,
+         r"^weight_fn must map two \(B, D\) to \(B,\), got negative_mises.*\(sigma.*: did you mean "
+         r"negative_mises_fisher_weights\(sigma\)\?$"),
+        (lambda x, y: cf.DCLLoss(weight_fn=cf.negative_mises_fisher_weights), TypeError, "did you"),
+        (lambda x, y: cf.dcl_loss(x, y, weight_fn=lambda p: p), TypeError,
+         r"^weight_fn must map two \(B, D\) to \(B,\), got <lambda>\(p\)$"),
+        (lambda x, y: cf.dcl_loss(x, y, weight_fn=lambda a, b: len(a, b)), TypeError,
+         r"^len\(\) takes exactly one"),  # the function's own
         (lambda x, y: cf.dcl_loss(x, y[:2]), ValueError, r"z_j must be \(4, 3\)"),
         (lambda x, y: cf.negative_mises_fisher_weights(0.0), ValueError, "sigma must be positive"),
         (lambda x, y: cf.hard_negative_loss(x, y, beta=-1.0), ValueError, "beta must be finite"),
         (lambda x, y: cf.hard_negative_loss(x, y, tau_plus=1.0), ValueError, "tau_plus must lie"),
         (lambda x, y: cf.HardNegativeLoss(tau_plus=-0.1), ValueError, "tau_plus must lie in"),
-        (lambda x, y: cf.siglip_loss(x, y, 1.0, "b"), TypeError, "logit_bias must be a number"),
+        (lambda x, y: cf.negative_mises_fisher_weights(torch.tensor(0.5)), TypeError,
+         "^sigma must be a number, got Tensor$"),
+        (lambda x, y: simclr_loss_func(x, torch.arange(4), torch.tensor(0.1)), TypeError,
+         "^temperature must be a number, got Tensor$"),
+        (lambda x, y: cf.siglip_loss(x, y, 1.0, None), TypeError,
+         "^logit_bias must be a number or a one-element tensor, got NoneType$"),
+        (lambda x, y: cf.clip_loss(x, y, 1.0, "b"), TypeError,
+         "^logit_bias must be None, a number or a one-element tensor, got str$"),
         (lambda x, y: cf.siglip_loss(x, y, 0.0, 1.0), ValueError, "logit_scale must be positive"),
         (lambda x, y: cf.siglip_loss(x, y, 1.0, 0.0, positive_ids=torch.ones(4)), TypeError,
          "positive_ids must be of an integer type, got torch.float32"),

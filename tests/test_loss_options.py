@@ -484,6 +484,27 @@ def test_wrong_options(options, kind, words):
             cf.nt_xent_loss(x, y, **options)
 
 
+LOSSES = {
+    "nt_xent_loss": cf.nt_xent_loss,
+    "info_nce_loss": cf.info_nce_loss,
+    "paired": lambda x, y, **o: cf.info_nce_loss(
+        x, y, torch.randn(B, 2, x.shape[1]).to(x), negative_mode="paired", **o
+    ),
+    "clip_loss": lambda x, y, **o: cf.clip_loss(x, y, 1.0, **o),
+    "sup_con_loss": lambda x, y, **o: cf.sup_con_loss(x, torch.arange(B), **o),
+    "NTXentLoss": lambda x, y, **o: cf.NTXentLoss(**o)(x, y),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("value", [False, None, "", (), torch.zeros(())], ids=repr)
+def test_smoothing_that_is_false_and_no_number(name, value):
+    x, y, _ = embeddings()
+    got = type(value).__name__
+    with pytest.raises(TypeError, match=f"^label_smoothing must be a number, got {got}$"):
+        LOSSES[name](x, y, label_smoothing=value)
+
+
 @pytest.mark.parametrize("backend", backends_with("pair_uel"))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("given", [("ids",), ("sample_weight",), ("ids", "sample_weight")])

@@ -83,7 +83,7 @@ def test_ids_leave_out_own_copies():
 
 
 def test_checkpoint():
-    """Keys, ids, position and fill go along; so does a copy and a change of dtype."""
+    """Keys, ids and position go along; so does a copy and a change of dtype."""
     queue = MemoryQueue(5, 3, ids=True)
     for keys in batches([4, 3]):
         queue.enqueue(keys, keys[:, 0].long())
@@ -118,17 +118,10 @@ def test_a_load_that_fails_or_is_partial_leaves_no_mixture():
         state = filled(5).state_dict()
         return {name: x for name, x in state.items() if name not in names}
 
-    def damaged(**told):
-        state = filled(5).state_dict()
-        state["_extra_state"] = {**state["_extra_state"], **told}
-        return state
+    def damaged(*position):
+        return {**filled(5).state_dict(), "position": torch.tensor(position)}
 
-    old = {**filled(5).state_dict(), "_extra_state": {"next": 4, "filled": 4}}  # no size yet
-    queue = MemoryQueue(5, 3, ids=True)
-    queue.load_state_dict(old)
-    assert torch.equal(queue(), filled(5)())
-
-    for state in (without("keys"), without("ids"), without("_extra_state")):
+    for state in (without("keys"), without("ids"), without("position")):
         queue = filled(5)
         with pytest.raises(RuntimeError, match="Missing key"):
             queue.load_state_dict(state)
@@ -139,19 +132,128 @@ def test_a_load_that_fails_or_is_partial_leaves_no_mixture():
         assert queue.key_ids().shape == (0,)
     for other in (4, 9):
         queue = filled(5)
-        with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|holds 5 keys, the"):
+        with pytest.raises(RuntimeError, match="size mismatch"):
             queue.load_state_dict(filled(other).state_dict())
         assert len(queue) == 0
-    for told in ({"next": 5}, {"filled": 6}, {"filled": -1}, {"next": 2}):
+    for position in ((5, 4), (4, 6), (4, -1), (2, 4)):
         queue = filled(5)
         with pytest.raises(ValueError, match="damaged"):
-            queue.load_state_dict(damaged(**told))
+            queue.load_state_dict(damaged(*position))
         assert len(queue) == 0
+    for state in (damaged(2, 4), without("ids")):  # whose tensors stay the caller's
+        queue, before = filled(5), state["position"].tolist()
+        with pytest.raises((RuntimeError, ValueError), match="damaged|Missing key"):
+            queue.load_state_dict(state, assign=True)
+        assert len(queue) == 0
+        assert state["position"].tolist() == before
     queue = filled(5)  # of other modules
     nn.ModuleDict({"queue": queue, "net": nn.Linear(2, 2)}).load_state_dict(
         {"net.weight": torch.ones(2, 2)}, strict=False
     )
     assert len(queue) == 4
+
+
+def test_state_is_tensors_alone(tmp_path):
+    """As safetensors wants it."""
+    safe = pytest.importorskip("safetensors.torch")
+    queue = MemoryQueue(5, 3, ids=True)
+    for keys in batches([4, 3]):
+        queue.enqueue(keys, keys[:, 0].long())
+    safe.save_file(queue.state_dict(), tmp_path / "queue.safetensors")
+    other = MemoryQueue(5, 3, ids=True)
+    other.load_state_dict(safe.load_file(tmp_path / "queue.safetensors"))
+    assert torch.equal(other(), queue())
+    assert torch.equal(other.key_ids(), queue.key_ids())
+
+
+def test_position_moves_and_is_copied():
+    queue = MemoryQueue(5, 3)
+    queue.enqueue(torch.ones(3, 3))
+    file = io.BytesIO()
+    torch.save(queue, file)
+    file.seek(0)
+    for twin in (torch.load(file, weights_only=False), copy.deepcopy(queue)):
+        twin.enqueue(torch.zeros(1, 3))
+        assert (len(twin), len(queue)) == (4, 3)
+    assert len(queue.double().to("meta")) == 3
+    empty = MemoryQueue(5, 3, device="meta").to_empty(device="cpu")
+    assert empty.position.tolist() == [0, 0]
+    assert len(empty) == 0
+    assert len(queue.to_empty(device="cpu")) == 3
+
+
+def test_position_is_read_where_it_was_written(monkeypatch):
+    """On an accelerator only there: every read is a wait. (The CPU stands in for one.)"""
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(1) or tolist(x))
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    queue = MemoryQueue(5, 3)
+    queue.position = queue.position.as_subclass(Elsewhere)
+    assert len(queue) == 0
+    reads.clear()
+    for _ in range(3):
+        queue.enqueue(torch.ones(2, 3))
+        queue()
+        len(queue)
+    assert not reads
+    queue.position.copy_(torch.tensor([2, 2]))
+    assert len(queue) == 2
+    assert reads
+    reads.clear()
+    assert queue().shape == (2, 3)
+    assert not reads
+
+
+def test_compiled_in_one_graph():
+    queue = MemoryQueue(5, 3, ids=True)
+
+    def step(keys, ids):
+        queue.enqueue(keys, ids)
+        return queue(), queue.key_ids()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for keys in batches([2, 2, 2, 2]):
+        got, ids = compiled(keys, keys[:, 0].long())
+        assert torch.equal(got, queue())
+        assert torch.equal(ids, got[:, 0].long())
+    assert queue.position.tolist() == [3, 5]
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.queue = nn.Linear(2, 2), MemoryQueue(9, 2, ids=True)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def broadcast(rank):
+    """What rank 0 alone put in: before DDP, then between two forwards, which hide their writes."""
+    group = subgroup(2)
+    if rank >= 2:
+        return None
+    both, seen = Both(), []
+    if rank == 0:
+        both.queue.enqueue(torch.ones(7, 2), torch.arange(7))
+    wrapped = nn.parallel.DistributedDataParallel(both, process_group=group)
+    seen.append((len(both.queue), both.queue(), both.queue.key_ids()))
+    if rank == 0:
+        both.queue.enqueue(torch.zeros(1, 2), torch.tensor([7]))
+    wrapped(torch.ones(1, 2))
+    seen.append((len(both.queue), both.queue(), both.queue.key_ids()))
+    return seen
+
+
+def test_ddp_broadcasts_the_position_too(four):
+    for answer in four.run(broadcast)[:2]:
+        for (length, keys, ids), count in zip(answer, (7, 8), strict=True):
+            assert length == count
+            assert torch.equal(keys[:7], torch.ones(7, 2))
+            assert ids.tolist() == list(range(count))
 
 
 BATCHES = ((2, 3, 0, 1), (0, 1, 0, 0), (4, 2, 1, 3), (1, 0, 2, 0))
@@ -258,6 +360,12 @@ def test_momentum_update():
          ValueError, r"ids must be \(2,\), got \(3,\)"),
         (lambda q, e: momentum_update(e, e), ValueError, "must be a copy"),
         (lambda q, e: momentum_update(e, copy.deepcopy(e), 1.5), ValueError, "m must lie in"),
+        (lambda q, e: momentum_update(e, None), TypeError,
+         "^key_encoder must be an nn.Module, got NoneType$"),
+        (lambda q, e: momentum_update(e.parameters(), e.parameters()), TypeError,
+         "^encoder must be an nn.Module, got generator$"),
+        (lambda q, e: q.fill_random(3), TypeError,
+         "^generator must be None or a torch.Generator, got int"),
         (lambda q, e: momentum_update(e, nn.Linear(3, 3)), ValueError, "'weight' must be "),
         (lambda q, e: momentum_update(e, nn.Linear(3, 2, bias=False)), ValueError,
          "'bias' is in encoder alone"),

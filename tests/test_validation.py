@@ -137,7 +137,7 @@ def test_temperature(name, temperature, error, says):
             ValueError,
             "logit_scale must have one element",
         ),
-        (lambda: cf.clip_loss(z, z, 1.0, "b"), TypeError, "logit_bias must be a number"),
+        (lambda: cf.clip_loss(z, z, 1.0, "b"), TypeError, "logit_bias must be None, a num"),
         (lambda: cf.clip_loss(z, z, 1.0, torch.ones(2)), ValueError, "logit_bias must have one"),
     ],
 )
@@ -305,6 +305,23 @@ def test_clae_step(args, options, error, says):
 def test_the_rest(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+MODULES = (
+    cf.NTXentLoss, cf.InfoNCELoss, cf.UELLoss, cf.ClipLoss, cf.SigLipLoss, cf.SupConLoss,
+    cf.DCLLoss, cf.HardNegativeLoss,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_what_belongs_to_the_module(kind):
+    """Not to its call; value_and_grad says so too."""
+    inputs = {cf.ClipLoss: (z, q, 1.0), cf.SigLipLoss: (z, q, 1.0, 0.0)}.get(kind, (z, q))
+    for name in kind.options:
+        says = rf"^{name} belongs to {kind.__name__}\({name}=...\), got {name}='x' at a call$"
+        for call in (kind(), cf.value_and_grad(kind())):
+            with pytest.raises(TypeError, match=says):
+                call(*inputs, **{name: "x"})
 
 
 def test_inference_mode_is_refused():

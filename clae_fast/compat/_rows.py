@@ -67,7 +67,7 @@ def scalar(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         check.one_element(name, value, value)
     else:
-        check.positive_number(name, value)
+        check.positive_number(name, value, check.NUMBER_OR_TENSOR)
 
 
 def scalar_like(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -9,7 +9,7 @@ N x M.
 """
 
 from .clip import clip_loss
-from .dcl import WeightFn, dcl_loss, negative_mises_fisher_weights
+from .dcl import WeightFn, check_weight_fn, dcl_loss, negative_mises_fisher_weights
 from .hard_negative import hard_negative_loss
 from .info_nce import NEGATIVE_MODES, info_nce_loss
 from .nt_xent import nt_xent_loss
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "WeightFn",
     "add_bias",
+    "check_weight_fn",
     "clip_loss",
     "dcl_loss",
     "hard_negative_loss",

@@ -88,7 +88,8 @@ def clip_loss(
         check.one_element("logit_bias", logit_bias, image_features)
         bias = logit_bias
     elif logit_bias is not None:
-        check.number("logit_bias", logit_bias)
+        check.number("logit_bias", logit_bias, expected=f"None, {check.NUMBER_OR_TENSOR}")
+    check.share("label_smoothing", label_smoothing)
     place = common(
         reduction,
         normalize,

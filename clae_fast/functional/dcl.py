@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,7 @@ def dcl_loss(
     check.embeddings("z_i", z_i, "z_j", z_j, empty=group is not None)
     check.positive_scalar("temperature", temperature, z_i)
     if weight_fn is not None:
-        check.function("weight_fn", weight_fn)
+        check_weight_fn(weight_fn)
     place = common(
         reduction,
         normalize,
@@ -108,6 +109,24 @@ def dcl_loss(
     scale = reciprocal_scale(temperature)
     args = (z_i, z_j, scale, normalize, weight_fn, options, reduction, Where(*place))
     return Plan(_loss, args, reduction)
+
+
+def check_weight_fn(weight_fn: Any) -> None:
+    """A function that takes two arguments. It is not called: its own errors are its own."""
+    if isinstance(weight_fn, _MisesFisher) or torch.compiler.is_compiling():
+        return
+    check.function("weight_fn", weight_fn)
+    try:
+        signature = inspect.signature(weight_fn)
+    except (TypeError, ValueError):  # a builtin tells nothing
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        got = f"{getattr(weight_fn, '__name__', type(weight_fn).__name__)}{signature}"
+        factory = weight_fn is negative_mises_fisher_weights
+        meant = ": did you mean negative_mises_fisher_weights(sigma)?" if factory else ""
+        raise TypeError(f"weight_fn must map two (B, D) to (B,), got {got}{meant}") from None
 
 
 @full_precision

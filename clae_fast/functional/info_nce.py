@@ -105,6 +105,7 @@ def info_nce_loss(
     check.positive_scalar("temperature", temperature, query)
     check.word("negative_mode", negative_mode, NEGATIVE_MODES)
     check.flag("symmetric", symmetric)
+    check.share("label_smoothing", label_smoothing)
     place = common(
         reduction,
         normalize,

@@ -84,6 +84,7 @@ def nt_xent_loss(
     """
     check.embeddings("z_i", z_i, "z_j", z_j, empty=group is not None)
     check.positive_scalar("temperature", temperature, z_i)
+    check.share("label_smoothing", label_smoothing)
     place = common(
         reduction,
         normalize,

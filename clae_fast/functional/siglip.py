@@ -77,7 +77,7 @@ def siglip_loss(
     if isinstance(logit_bias, Tensor):
         check.one_element("logit_bias", logit_bias, image_features)
     else:
-        check.number("logit_bias", logit_bias)
+        check.number("logit_bias", logit_bias, expected=check.NUMBER_OR_TENSOR)
     samples = image_features.shape[0]
     if positive_ids is not None:
         check.integers("positive_ids", positive_ids, samples, image_features)
