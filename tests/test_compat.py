@@ -238,7 +238,7 @@ REFUSED = {
         X, X
     ),
     "out1": lambda: our_lightly.NTXentLoss()(X, X[:2]),
-    "weight_fn": lambda: our_lightly.DCLLoss(weight_fn=lambda a, b: 2.0)(X, X),
+    "weight_fn": lambda: our_lightly.DCLLoss(weight_fn=lambda a, b: "2")(X, X),
     "temperature must have one element": lambda: our_info_nce.InfoNCE(torch.ones(3, 1))(X, X),
     "negative_mode": lambda: our_info_nce.InfoNCE(negative_mode="all")(X, X),
     "reduction": lambda: our_info_nce.InfoNCE(reduction="max")(X, X),

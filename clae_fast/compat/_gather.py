@@ -14,6 +14,14 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def needs_processes(world_size: int) -> None:
+    """A loss of several processes is not that of one: the group must be there, and of this size."""
+    there = world()[1] if dist.is_available() and dist.is_initialized() else None
+    if world_size > 1 and there != world_size:
+        found = "there is none" if there is None else f"it has {there}"
+        raise ValueError(f"world_size={world_size} needs a process group of that size, {found}")
+
+
 def all_rows(x: Tensor) -> Tensor:
     """(W N, ...) from (N, ...) of each process, as constants."""
     x = x.detach().contiguous()

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .. import validation as check
-from ._rows import one_dtype
+from ._rows import one_dtype, scalar
 
 __all__ = ["InfoNCE", "info_nce"]
 
@@ -27,6 +27,9 @@ class InfoNCE(nn.Module):
         negative_mode: str = "unpaired",
     ) -> None:
         super().__init__()
+        scalar("temperature", temperature)
+        check.word("reduction", reduction, check.REDUCTIONS)
+        check.word("negative_mode", negative_mode, functional.NEGATIVE_MODES)
         self.temperature = temperature
         self.reduction = reduction
         self.negative_mode = negative_mode

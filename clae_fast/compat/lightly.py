@@ -1,7 +1,10 @@
 """`lightly.loss`: `from clae_fast.compat.lightly import NTXentLoss, DCLLoss, DCLWLoss`."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int | Sequence[int], gather_distributed: bool = False) -> None:
         super().__init__()
-        extents = (size,) if isinstance(size, int) else tuple(size)
+        extents = _extents(size)
         if any(x < 0 for x in extents) or (extents != (0,) and len(extents) != 2):
             raise ValueError(
                 f"memory_bank_size must be 0 or (num_features, dim), none negative, got {size!r}"
@@ -48,6 +51,15 @@ class MemoryBank(nn.Module):
         self.bank_ptr[0] = (start + len(rows)) % size
 
 
+def _extents(size: Any) -> tuple[int, ...]:
+    try:
+        return (size,) if isinstance(size, int) else tuple(index(x) for x in size)
+    except TypeError:
+        raise TypeError(
+            f"memory_bank_size must be 0 or (num_features, dim), both ints, got {size!r}"
+        ) from None
+
+
 class NTXentLoss(nn.Module):
     """NT-Xent of SimCLR; with a memory bank, the loss of MoCo. (B, D) and (B, D), normalised here.
 
@@ -69,6 +81,7 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        _check_number("temperature", temperature)
         if abs(temperature) < 1e-8:
             raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
         _check_gather(gather_distributed)
@@ -148,8 +161,9 @@ class DCLLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        if temperature == 0:
-            raise ValueError(f"temperature must not be 0, got {temperature}")
+        _check_number("temperature", temperature, zero=False)
+        if weight_fn is not None:
+            check.function("weight_fn", weight_fn)
         _check_gather(gather_distributed)
         self.temperature = temperature
         self.weight_fn = weight_fn
@@ -159,8 +173,9 @@ class DCLLoss(nn.Module):
         out0, out1 = one_dtype(out0, out1)
         check.embeddings("out0", out0, "out1", out1)
         if self.temperature > 0 and not (self.gather_distributed and world()[1] > 1):
+            weight_fn = None if self.weight_fn is None else self._weights
             return functional.dcl_loss(
-                out0, out1, temperature=self.temperature, weight_fn=self.weight_fn
+                out0, out1, temperature=self.temperature, weight_fn=weight_fn
             )
         return self._of_own_rows(out0, out1)
 
@@ -171,10 +186,21 @@ class DCLLoss(nn.Module):
         if self.weight_fn is None:
             weighted = torch.cat((positive, positive))
         else:
-            weights = self.weight_fn(u0.z, u1.z), self.weight_fn(u1.z, u0.z)
+            weights = self._weights(u0.z, u1.z), self._weights(u1.z, u0.z)
             weighted = torch.cat([positive * w for w in weights])
         alone = lse == -torch.inf  # nothing to be told from
         return torch.where(alone, 0.0, torch.where(alone, 0.0, lse) - weighted).mean()
+
+    def _weights(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """What `weight_fn` says (B,); one number is the weight of all."""
+        assert self.weight_fn is not None
+        w: Any = self.weight_fn(z0, z1)
+        if check.is_number(w) or (isinstance(w, Tensor) and w.shape in ((), (1,))):
+            return torch.as_tensor(w, dtype=z0.dtype, device=z0.device).expand(len(z0))
+        if not isinstance(w, Tensor) or w.shape != z0.shape[:1]:
+            got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+            raise ValueError(f"weight_fn must return ({len(z0)},) or one number, got {got}")
+        return w
 
 
 class DCLWLoss(DCLLoss):
@@ -186,6 +212,7 @@ class DCLWLoss(DCLLoss):
     def __init__(
         self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False
     ) -> None:
+        _check_number("sigma", sigma, zero=False)
         weight_fn = functools.partial(negative_mises_fisher_weights, sigma=sigma)
         super().__init__(temperature, weight_fn, gather_distributed)
 
@@ -199,6 +226,19 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
     return 2 - len(out0) * similarity.softmax(0)
 
 
+def _check_number(name: str, value: Any, zero: bool = True) -> None:
+    """A finite number or a tensor that holds one; `zero`: it may be 0."""
+    if isinstance(value, Tensor):
+        check.one_element(name, value, value)
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {float(value)}")
+    else:
+        check.number(name, value)
+    if not zero and value == 0:
+        raise ValueError(f"{name} must not be 0, got {value}")
+
+
 def _check_gather(gather_distributed: bool) -> None:
+    check.flag("gather_distributed", gather_distributed)
     if gather_distributed and not dist.is_available():
         raise ValueError("gather_distributed=True needs torch.distributed, which torch lacks here")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import functional
 from .. import validation as check
 from ..numerics import compute_dtype, full_precision
-from ._gather import all_rows, gather
+from ._gather import all_rows, gather, needs_processes
 from ._refuse import refuse
 from ._rows import cross_entropy, one_dtype, row_lse, sweeps
 
@@ -95,6 +95,7 @@ class ClipLoss(nn.Module):
         """The features of all processes; of whom the gradient reaches is theirs to say."""
         if self.world_size == 1:
             return list(own)
+        needs_processes(self.world_size)
         if self.gather_with_grad:
             return [gather(x) for x in own]
         everyone = [all_rows(x) for x in own]
@@ -200,6 +201,7 @@ class SigLipLoss(nn.Module):
         if self.world_size == 1:
             loss = functional.siglip_loss(image_features, text_features, logit_scale, bias)
         else:
+            needs_processes(self.world_size)
             check.positive_scalar("logit_scale", logit_scale, image_features)
             # The positive of row i is column i: one's own texts come first.
             texts = gather(text_features).roll(-self.rank * len(text_features), 0)

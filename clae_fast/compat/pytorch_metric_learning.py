@@ -81,7 +81,7 @@ class PairLoss(nn.Module, abc.ABC):
                     f"{', '.join(OPTIONS)}"
                 )
         if kwargs.get("embedding_regularizer") is not None:
-            refuse("embedding_regularizer", kwargs["embedding_regularizer"], "None")
+            refuse("embedding_regularizer", type(kwargs["embedding_regularizer"]).__name__, "None")
         if kwargs.get("collect_stats"):
             refuse("collect_stats", kwargs["collect_stats"], "None and False")
         self.temperature = temperature
@@ -91,6 +91,8 @@ class PairLoss(nn.Module, abc.ABC):
         distance, reducer = kwargs.get("distance"), kwargs.get("reducer")
         self.distance = self.get_default_distance() if distance is None else distance
         _normalizes(self.distance)
+        if reducer is not None:
+            check.function("reducer", reducer)
         self.reducer = self.get_default_reducer() if reducer is None else reducer
 
     def get_default_distance(self) -> Any:
@@ -190,11 +192,21 @@ class PairLoss(nn.Module, abc.ABC):
         self, embeddings: Tensor, ref_emb: Tensor, indices: tuple[Tensor, ...]
     ) -> Losses | None:
         """Pairs listed one by one: plain PyTorch over an N x M matrix, as the list may be long."""
+        if not isinstance(indices, (tuple, list)):
+            raise TypeError(f"indices_tuple must be a tuple of tensors, got {indices!r}")
         if len(indices) not in (3, 4):
             raise ValueError(f"indices_tuple must hold 3 or 4 tensors, got {len(indices)}")
         anchor, positive, other, negative = (
             indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
         )
+        for a, b in ((anchor, positive), (other, negative)):
+            labels_tensor("indices_tuple's parts", a)
+            labels_tensor("indices_tuple's parts", b)
+            if a.dim() != 1 or a.shape != b.shape:
+                raise ValueError(
+                    "indices_tuple must hold anchors and partners of one length, got "
+                    f"{tuple(a.shape)} and {tuple(b.shape)}"
+                )
         if not self._enough(len(anchor), len(other)):
             return None
         u, v = (rows_of(x, self.normalize).z for x in (embeddings, ref_emb))
@@ -383,7 +395,8 @@ def _normalizes(distance: Any) -> bool:
 
 def _refuse_distance(distance: Any) -> NoReturn:
     served = "CosineSimilarity and DotProductSimilarity, both with p=2 and power=1"
-    refuse("distance", distance, served)
+    told = (f"{x}={getattr(distance, x)}" for x in ("p", "power") if hasattr(distance, x))
+    refuse("distance", f"{type(distance).__name__}({', '.join(told)})", served)
 
 
 def _refuse_overrides(loss: PairLoss) -> None:

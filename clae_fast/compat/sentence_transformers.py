@@ -63,6 +63,10 @@ class MultipleNegativesRankingLoss(nn.Module):
         super().__init__()
         scalar("scale", scale)
         _check_similarity(similarity_fct)
+        check.flag("gather_across_devices", gather_across_devices)
+        if isinstance(directions, str) or not isinstance(directions, Iterable):
+            raise TypeError(f"directions must be a tuple of words, got {directions!r}")
+        directions = tuple(directions)
         for direction in directions:
             check.word("directions", direction, DIRECTIONS)
         if "query_to_doc" not in directions:
@@ -94,6 +98,9 @@ class MultipleNegativesRankingLoss(nn.Module):
         self, embeddings: list[Tensor], labels: Tensor | None
     ) -> Tensor:
         """The loss of [queries, positives, negatives...], each (B, D); labels are not used."""
+        if not isinstance(embeddings, (list, tuple)):
+            got = type(embeddings).__name__
+            raise TypeError(f"embeddings must be a list of tensors, got {got}")
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold queries and documents, got {len(embeddings)}")
         embeddings = one_dtype(*embeddings)

@@ -64,4 +64,10 @@ def mocov2plus_loss_func(
     if queue.dim() != 2:
         raise ValueError(f"queue must be (D, K), got shape {tuple(queue.shape)}")
     query, key = one_dtype(query, key)
+    check.embeddings("query", query, "key", key)
+    check.same_kind("query", query, "queue", queue, any_float=True)
+    if len(queue) != query.shape[1]:
+        raise ValueError(
+            f"queue must be ({query.shape[1]}, K) as query has columns, got {tuple(queue.shape)}"
+        )
     return functional.info_nce_loss(query, key, queue.T, temperature=temperature, normalize=False)

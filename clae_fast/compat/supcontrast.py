@@ -45,7 +45,11 @@ class SupConLoss(nn.Module):
     ) -> None:
         super().__init__()
         scalar("temperature", temperature)
-        if not isinstance(base_temperature, Tensor):
+        if isinstance(base_temperature, Tensor):
+            if base_temperature.numel() != 1:
+                shape = tuple(base_temperature.shape)
+                raise ValueError(f"base_temperature must have one element, got shape {shape}")
+        else:
             check.number("base_temperature", base_temperature)
             if base_temperature == 0:
                 raise ValueError("base_temperature must not be 0, got 0")
