@@ -1,7 +1,7 @@
 """`sentence_transformers.losses`: `MultipleNegativesRankingLoss` without the similarities."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         scale: float | Tensor = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
-        directions: tuple[str, ...] = ("query_to_doc",),
+        directions: Iterable[str] = ("query_to_doc",),
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
@@ -95,7 +95,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         return self.compute_loss_from_embeddings(embeddings, labels)
 
     def compute_loss_from_embeddings(
-        self, embeddings: list[Tensor], labels: Tensor | None
+        self, embeddings: Sequence[Tensor], labels: Tensor | None
     ) -> Tensor:
         """The loss of [queries, positives, negatives...], each (B, D); labels are not used."""
         if not isinstance(embeddings, (list, tuple)):
