@@ -98,6 +98,18 @@ def test_nt_xent_goes_on_where_theirs_stops():
     torch.testing.assert_close(ours.NTXentLoss(0.01)(z, labels), truth.float())
 
 
+def test_a_pair_that_is_positive_and_negative():
+    """SupConLoss of both refuses it; NTXentLoss takes it, of both."""
+    a, b = torch.tensor([0, 1, 3]), torch.tensor([1, 2, 4])
+    z, both_kinds = drawn(0, 6, 3), (a, b, a[1:2], b[1:2])
+    for library, error in ((ours, ValueError), (losses, AssertionError)):
+        with pytest.raises(error, match="positive"):
+            library.SupConLoss()(z, indices_tuple=both_kinds)
+        library.SupConLoss()(z, indices_tuple=(a, b, b, a))
+    mine, theirs = (x.NTXentLoss()(z, indices_tuple=both_kinds) for x in (ours, losses))
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_reducer_that_reduces_nothing():
     z, labels = drawn(0, 6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
     for name in ("NTXentLoss", "SupConLoss"):
