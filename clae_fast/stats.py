@@ -93,8 +93,8 @@ def _stats(z_i: Tensor, z_j: Tensor, normalize: bool, where: Where) -> PairStats
 def _nearest_is_own(u: Unit, v: Unit) -> Tensor:
     """The share of rows whose own column is above all others.
 
-    `<q, k_j>` less `<q, m>`, which is one for all j: `<q - m, k_j - m> + <m, k_j - m>` with the mean
-    m. On the sphere the last is `-|k_j - m|^2 / 2` and a constant, so that nothing is left of the 1
+    `<q, k_j>` less `<q, m>`, one for all j: `<q - m, k_j - m> + <m, k_j - m>` with the mean m. On
+    the sphere the last is `-|k_j - m|^2 / 2` and a constant, so that nothing is left of the 1
     that all similarities of a collapsed batch are near, nor of what rounding did to a row's length.
     """
     m = wide(v.z).mean(0).to(v.z.dtype)

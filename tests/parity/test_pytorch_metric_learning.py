@@ -48,7 +48,8 @@ def both(name, temperature, option, **call):
 def test_labels(name, seed, some, d, temperature, option, dtype):
     """Classes of any size, rows without a positive, one class alone, one row alone."""
     inputs = drawn(seed, len(some), d), torch.tensor(some)
-    compare.agree(*both(name, temperature, option), *inputs, dtype=dtype)
+    t = (compare.longest(inputs[0]) ** 2 if option == "dot products" else 1) / temperature
+    compare.agree(*both(name, temperature, option), *inputs, dtype=dtype, t=t)
 
 
 @compare.examples
@@ -61,7 +62,7 @@ def test_references(name, seed, some, others, same, d, temperature, dtype):
     labels = torch.tensor(some)
     ref_labels = labels if same else torch.tensor(others)
     inputs = drawn(seed, len(some), d), labels, drawn(seed + 1, len(ref_labels), d), ref_labels
-    compare.agree(*both(name, temperature, "as it comes"), *inputs, dtype=dtype)
+    compare.agree(*both(name, temperature, "as it comes"), *inputs, dtype=dtype, t=1 / temperature)
 
 
 @compare.examples
@@ -74,7 +75,7 @@ def test_self_supervised(name, seed, n, symmetric, d, temperature, dtype):
         return library.SelfSupervisedLoss(getattr(library, name)(temperature), symmetric)
 
     inputs = drawn(seed, n, d), drawn(seed + 1, n, d)
-    compare.agree(of(ours), of(losses), *inputs, dtype=dtype)
+    compare.agree(of(ours), of(losses), *inputs, dtype=dtype, t=1 / temperature)
 
 
 @compare.examples
@@ -84,7 +85,7 @@ def test_miners(name, seed, some, triplets, d, dtype):
     inputs = drawn(seed, len(some), d), torch.tensor(some)
     miner = miners.TripletMarginMiner(0.2) if triplets else miners.MultiSimilarityMiner()
     found = miner(*inputs)
-    compare.agree(*both(name, 0.5, "as it comes", indices_tuple=found), *inputs, dtype=dtype)
+    compare.agree(*both(name, 0.5, "as it comes", indices_tuple=found), *inputs, dtype=dtype, t=2)
 
 
 def test_nt_xent_goes_on_where_theirs_stops():
