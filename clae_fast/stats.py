@@ -9,7 +9,7 @@ from torch import Tensor
 from . import validation as check
 from .backends import requested
 from .composite import Pairs
-from .numerics import as_given, compute_dtype, cosine, full_precision, unit_rows, wide
+from .numerics import Unit, as_given, compute_dtype, cosine, full_precision, unit_rows, wide
 from .reference.sweep import by_rows
 from .sweeps import Where
 
@@ -78,7 +78,7 @@ def _stats(z_i: Tensor, z_j: Tensor, normalize: bool, where: Where) -> PairStats
     positive = cosine(u_i, u_j)
     # The sum over all pairs is the product of two sums.
     whole = (q.double().sum(0) * k.double().sum(0)).sum() - positive.double().sum()
-    hits_i, hits_j = _nearest_is_own(q, k), _nearest_is_own(k, q)
+    hits_i, hits_j = _nearest_is_own(u_i, u_j), _nearest_is_own(u_j, u_i)
     return PairStats(
         (hits_i + hits_j) / 2,
         hits_i,
@@ -90,11 +90,23 @@ def _stats(z_i: Tensor, z_j: Tensor, normalize: bool, where: Where) -> PairStats
     )
 
 
-def _nearest_is_own(q: Tensor, k: Tensor) -> Tensor:
-    """The share of rows whose own column is above all others."""
+def _nearest_is_own(u: Unit, v: Unit) -> Tensor:
+    """The share of rows whose own column is above all others.
+
+    `<q, k_j>` less `<q, m>`, one for all j: `<q - m, k_j - m> + <m, k_j - m>` with the mean m. On
+    the sphere the last is `-|k_j - m|^2 / 2` and a constant, so that nothing is left of the 1
+    that all similarities of a collapsed batch are near, nor of what rounding did to a row's length.
+    """
+    m = wide(v.z).mean(0).to(v.z.dtype)
+    q, k, middle = u.z - m, v.z - m, wide(m)
+    far = wide(k)
+    constant = (1 - middle.square().sum()) / 2
+    level = torch.where(
+        v.on_sphere.squeeze(-1), -0.5 * far.square().sum(-1), far @ middle - constant
+    ).to(k.dtype)
 
     def rows(a: int, b: int) -> tuple[Tensor, ...]:
-        s = q[a:b] @ k.mT
+        s = (q[a:b] @ k.mT).add_(level)
         own = torch.arange(a, b, device=q.device)[:, None]
         mine = s.gather(1, own)
         return ((s.scatter(1, own, -torch.inf) < mine).all(1),)

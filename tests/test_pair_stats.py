@@ -56,6 +56,28 @@ def test_offsets_do_not_move_distances(offset, backend):
         assert error(got.alignment, ref.alignment) < 1e-6
 
 
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 3e-4, 1e-5])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_collapse_does_not_hide_the_nearest(noise, normalize):
+    """Similarities all but 1, closer to each other than float32 has numbers there."""
+    center = F.normalize(torch.randn(1, 32))
+    x = center + noise * torch.randn(256, 32) / 32**0.5
+    y = x + 0.3 * noise * torch.randn(256, 32) / 32**0.5
+    got, exact = pair_stats(x, y, normalize=normalize), dense(x, y, normalize)
+    assert (exact.top1 == 1) == normalize  # lengths decide elsewhere
+    for a, b in zip(got[:3], exact[:3], strict=True):
+        assert abs(a - b) <= 1 / 256 * (not normalize)
+
+
+def test_a_row_of_zeros_is_not_on_the_sphere():
+    """0 to everything: above what is on the other side, below what is on this one."""
+    x = torch.randn(20, 3)
+    y = x + 0.5 * torch.randn(20, 3)
+    y[4] = x[7] = 0
+    for a, b in zip(pair_stats(x, y)[:3], dense(x, y)[:3], strict=True):
+        assert abs(a - b) < 1e-6 + 1 / 20  # row 7 is a tie
+
+
 def test_directions_differ():
     """Every row of z_i finds its own; two of z_j look for the first of z_i."""
     x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])

@@ -324,6 +324,8 @@ class SupConLoss(PairLoss):
         is_positive, is_negative = (torch.zeros_like(s, dtype=torch.bool) for _ in range(2))
         is_positive[anchor, positive] = True
         is_negative[other, negative] = True
+        if not s.is_meta and (is_positive & is_negative).any():
+            raise ValueError("indices_tuple lists one pair as a positive and as a negative")
         lse = log_sum_exp(s.masked_fill(~(is_positive | is_negative), -torch.inf))
         count = is_positive.sum(1)
         mean = torch.where(is_positive, s, 0.0).sum(1) / count.clamp_min(1)

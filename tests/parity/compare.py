@@ -1,5 +1,6 @@
 """Ours against a peer: the value and every gradient, judged by the peer in float64."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +11,16 @@ from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 LIMIT = {torch.float64: 1e-8, torch.float32: 5e-4}  # for a result where theirs cancels
-LARGEST_SCALE = 20  # t, 1 / temperature
+VALUE_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}  # the value has no Jacobian
+VALUE_EPS = 4  # of a similarity of t, where the value cancels
+LARGEST_SCALE = 100  # t, 1 / temperature: where CLIP trains
 WEIGHT = 3  # the largest that a value has upstream
 dtypes = st.sampled_from([torch.float32, torch.float64])
 seeds = st.integers(0, 2**31 - 1)
 widths = st.integers(2, 24)  # of width 1 every cosine is 1 or -1, and every gradient rounding
 batches = st.integers(2, 17)
-temperatures = st.floats(1 / LARGEST_SCALE, 2.0)
+scales = st.floats(1.0, LARGEST_SCALE)
+temperatures = st.floats(-math.log(LARGEST_SCALE), math.log(2.0)).map(math.exp)
 
 examples = settings(
     max_examples=20,
@@ -65,6 +69,11 @@ def shortest(x: Tensor) -> float:
     return float(lengths.min()) if len(lengths) else 1.0
 
 
+def longest(*rows: Tensor) -> float:
+    """The length of the longest row."""
+    return max([1.0, *(float(x.norm(dim=-1).max()) for x in rows if x.numel())])
+
+
 def distance(a: Tensor | None, b: Tensor | None) -> float:
     """Theirs has no gradient where ours is 0, and the other way round."""
     if a is None or b is None:
@@ -78,27 +87,32 @@ def agree(
     theirs: Callable[..., Tensor],
     *inputs: Any,
     dtype: torch.dtype,
+    t: float = 1.0,
     theirs_truth: Callable[..., Tensor] | None = None,
 ) -> None:
     """Each result by its own size: within the tolerance of theirs in float64, or of five times the
     distance of theirs in `dtype`, but never further off than LIMIT of its own norm.
 
-    Only what rounding decides is exempt: the terms of a gradient are WEIGHT t / |x| at most, each
-    with a softmax weight that is off by t eps / 2, as a similarity of t is. Where they cancel (at
-    the optimum, or where a row meets its positive alone) nothing else is left. And what theirs is
-    in `dtype` is right too: a step (which losses are 0, so that a mean does not count them) may
-    fall elsewhere in float64.
+    Only what rounding decides is exempt, by the largest similarity `t` of this example (1 over the
+    temperature for rows on the sphere): the value is off by a few t eps; the terms of a gradient
+    are WEIGHT t / |x| at most, each with a softmax weight that is off by t eps / 2. Where they
+    cancel (at the optimum, or where a row meets its positive alone) nothing else is left. And what
+    theirs is in `dtype` is right too: a step (which losses are 0, so that a mean does not count
+    them) may fall elsewhere in float64.
     """
+    t, eps = max(t, 1.0), torch.finfo(dtype).eps
     truth = outcome(theirs_truth or theirs, inputs, torch.float64)
     mine, peers = (outcome(f, inputs, dtype) for f in (ours, theirs))
     assert mine[0].dtype == dtype
     lengths = [1.0, *(shortest(x) for x in inputs if real(x))]
     for i, (a, b, c, length) in enumerate(zip(mine, truth, peers, lengths, strict=True)):
         assert a is None or a.isfinite().all()
+        value = i == 0
+        tolerance = (VALUE_TOLERANCE if value else TOLERANCE)[dtype]
         peer = min(5 * distance(c, b), LIMIT[dtype] * norm(b))
-        floor = torch.finfo(dtype).eps / 2 * WEIGHT * LARGEST_SCALE**2 / min(length, 1.0)
-        allowed = max(TOLERANCE[dtype] * norm(b), peer, floor)
-        what = "the value" if i == 0 else f"the gradient of input {i - 1}"
+        floor = VALUE_EPS * eps * t if value else eps / 2 * WEIGHT * t**2 / length
+        allowed = max(tolerance * norm(b), peer, floor)
+        what = "the value" if value else f"the gradient of input {i - 1}"
         off = distance(a, b)
-        same = distance(a, c) <= TOLERANCE[dtype] * norm(c)
+        same = distance(a, c) <= tolerance * norm(c)
         assert off <= allowed or same, f"{what}: {off:.3g} > {allowed:.3g}"

@@ -55,3 +55,31 @@ def test_the_value_too():
             lambda x: 1.001 * x.square().mean(), lambda x: x.square().mean(), *x,
             dtype=torch.float32,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("t", [1.0, 30.0])
+def test_the_value_by_its_own_similarities(t):
+    """A value near 0 is exempt by what t of this example rounds to, and by no larger t."""
+    x = (torch.full((4, 6), 1e-3, dtype=torch.float64),)
+    for off, passes in ((t * 1e-7, True), (t * 1e-6, False)):
+
+        def ours(x, off=off):
+            return x.square().mean() + off
+
+        def theirs(x):
+            return x.square().mean()
+
+        if passes:
+            compare.agree(ours, theirs, *x, dtype=torch.float32, t=t)
+        else:
+            with pytest.raises(AssertionError, match="the value"):
+                compare.agree(ours, theirs, *x, dtype=torch.float32, t=t)
+
+
+def test_a_gradient_near_0_by_its_own_similarities():
+    """Rounding of t = 20 excuses 7e-5, of t = 1 no more than 2e-7."""
+    ours, theirs = pair(0.5, 1e-5)
+    inputs = compare.draw(0, 4, 6) + 2, compare.draw(1, 4, 6)
+    compare.agree(ours, theirs, *inputs, dtype=torch.float32, t=20)
+    with pytest.raises(AssertionError, match="the gradient of input 0"):
+        compare.agree(ours, theirs, *inputs, dtype=torch.float32)

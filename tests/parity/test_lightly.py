@@ -24,7 +24,7 @@ def views(seed, n, d):
 @given(compare.seeds, compare.batches, compare.widths, signed, compare.dtypes)
 def test_nt_xent(seed, n, d, temperature, dtype):
     losses = (library.NTXentLoss(temperature=temperature) for library in (ours, peer))
-    compare.agree(*losses, *views(seed, n, d), dtype=dtype)
+    compare.agree(*losses, *views(seed, n, d), dtype=dtype, t=1 / abs(temperature))
 
 
 @compare.examples
@@ -54,6 +54,7 @@ def test_memory_bank(seed, n, d, size, temperature, dtype):
             again,
             *views(seed + 2 * step, n, d),
             dtype=dtype,
+            t=1 / temperature,
             theirs_truth=functools.partial(_on_a_copy, truth),
         )
         z = [x.to(dtype) for x in views(seed + 2 * step, n, d)]
@@ -92,7 +93,7 @@ def squares(out0, out1):
 )
 def test_dcl(seed, n, d, temperature, weight_fn, dtype):
     losses = (library.DCLLoss(temperature, weight_fn) for library in (ours, peer))
-    compare.agree(*losses, *views(seed, n, d), dtype=dtype)
+    compare.agree(*losses, *views(seed, n, d), dtype=dtype, t=1 / abs(temperature))
 
 
 @compare.examples
@@ -107,7 +108,7 @@ def test_dcl(seed, n, d, temperature, weight_fn, dtype):
 @pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
 def test_dclw(seed, n, d, temperature, sigma, dtype):
     losses = (library.DCLWLoss(temperature, sigma) for library in (ours, peer))
-    compare.agree(*losses, *views(seed, n, d), dtype=dtype)
+    compare.agree(*losses, *views(seed, n, d), dtype=dtype, t=1 / abs(temperature))
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")

@@ -15,7 +15,7 @@ from clae_fast.compat import open_clip as ours
     compare.seeds,
     compare.batches,
     compare.widths,
-    st.floats(1.0, 30.0),
+    compare.scales,
     st.booleans(),
     st.booleans(),
     compare.dtypes,
@@ -32,7 +32,7 @@ def test_clip(seed, n, d, scale, with_bias, output_dict, dtype):
 
         return run
 
-    compare.agree(loss(ours), loss(open_clip), *rows, *numbers, dtype=dtype)
+    compare.agree(loss(ours), loss(open_clip), *rows, *numbers, dtype=dtype, t=scale)
 
 
 def test_logits_and_labels_on_request():
@@ -51,7 +51,7 @@ def test_logits_and_labels_on_request():
     compare.seeds,
     st.integers(1, 17),
     compare.widths,
-    st.floats(1.0, 30.0),
+    compare.scales,
     st.booleans(),
     st.sampled_from([None, "bidir", "shift", "reduce", "gather"]),
     compare.dtypes,
@@ -67,7 +67,7 @@ def test_siglip(seed, n, d, scale, with_bias, exchange, dtype):
 
         return run
 
-    compare.agree(loss(ours), loss(open_clip.loss), *rows, *numbers, dtype=dtype)
+    compare.agree(loss(ours), loss(open_clip.loss), *rows, *numbers, dtype=dtype, t=scale)
 
 
 def test_siglip_logits_and_labels_on_request():

@@ -48,7 +48,8 @@ def both(name, temperature, option, **call):
 def test_labels(name, seed, some, d, temperature, option, dtype):
     """Classes of any size, rows without a positive, one class alone, one row alone."""
     inputs = drawn(seed, len(some), d), torch.tensor(some)
-    compare.agree(*both(name, temperature, option), *inputs, dtype=dtype)
+    t = (compare.longest(inputs[0]) ** 2 if option == "dot products" else 1) / temperature
+    compare.agree(*both(name, temperature, option), *inputs, dtype=dtype, t=t)
 
 
 @compare.examples
@@ -61,7 +62,7 @@ def test_references(name, seed, some, others, same, d, temperature, dtype):
     labels = torch.tensor(some)
     ref_labels = labels if same else torch.tensor(others)
     inputs = drawn(seed, len(some), d), labels, drawn(seed + 1, len(ref_labels), d), ref_labels
-    compare.agree(*both(name, temperature, "as it comes"), *inputs, dtype=dtype)
+    compare.agree(*both(name, temperature, "as it comes"), *inputs, dtype=dtype, t=1 / temperature)
 
 
 @compare.examples
@@ -74,7 +75,7 @@ def test_self_supervised(name, seed, n, symmetric, d, temperature, dtype):
         return library.SelfSupervisedLoss(getattr(library, name)(temperature), symmetric)
 
     inputs = drawn(seed, n, d), drawn(seed + 1, n, d)
-    compare.agree(of(ours), of(losses), *inputs, dtype=dtype)
+    compare.agree(of(ours), of(losses), *inputs, dtype=dtype, t=1 / temperature)
 
 
 @compare.examples
@@ -84,7 +85,7 @@ def test_miners(name, seed, some, triplets, d, dtype):
     inputs = drawn(seed, len(some), d), torch.tensor(some)
     miner = miners.TripletMarginMiner(0.2) if triplets else miners.MultiSimilarityMiner()
     found = miner(*inputs)
-    compare.agree(*both(name, 0.5, "as it comes", indices_tuple=found), *inputs, dtype=dtype)
+    compare.agree(*both(name, 0.5, "as it comes", indices_tuple=found), *inputs, dtype=dtype, t=2)
 
 
 def test_nt_xent_goes_on_where_theirs_stops():
@@ -96,6 +97,18 @@ def test_nt_xent_goes_on_where_theirs_stops():
     truth = losses.NTXentLoss(0.01)(z.double(), labels)
     assert truth > 190
     torch.testing.assert_close(ours.NTXentLoss(0.01)(z, labels), truth.float())
+
+
+def test_a_pair_that_is_positive_and_negative():
+    """SupConLoss of both refuses it; NTXentLoss takes it, of both."""
+    a, b = torch.tensor([0, 1, 3]), torch.tensor([1, 2, 4])
+    z, both_kinds = drawn(0, 6, 3), (a, b, a[1:2], b[1:2])
+    for library, error in ((ours, ValueError), (losses, AssertionError)):
+        with pytest.raises(error, match="positive"):
+            library.SupConLoss()(z, indices_tuple=both_kinds)
+        library.SupConLoss()(z, indices_tuple=(a, b, b, a))
+    mine, theirs = (x.NTXentLoss()(z, indices_tuple=both_kinds) for x in (ours, losses))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_reducer_that_reduces_nothing():

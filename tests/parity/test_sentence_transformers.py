@@ -37,7 +37,7 @@ def both(*args, similarity="cos_sim", **options):
     st.integers(1, 12),
     st.integers(0, 3),
     compare.widths,
-    st.floats(1.0, 40.0),
+    compare.scales,
     st.one_of(JOINT, APART),
     HARDNESS,
     st.floats(0.5, 9.0),
@@ -53,7 +53,7 @@ def test_cosines(seed, n, negatives, d, scale, directions, hardness, strength, d
         hardness_mode=hardness,
         hardness_strength=strength,
     )
-    compare.agree(*losses, *columns, dtype=dtype)
+    compare.agree(*losses, *columns, dtype=dtype, t=scale + strength)
 
 
 @compare.examples
@@ -61,7 +61,8 @@ def test_cosines(seed, n, negatives, d, scale, directions, hardness, strength, d
 def test_dot_products(seed, n, negatives, d, hardness, dtype):
     columns = [compare.draw(seed + i, n, d) * 0.3 for i in range(2 + negatives)]
     options = {"hardness_mode": hardness, "hardness_strength": 1.0, "similarity": "dot_score"}
-    compare.agree(*both(1.0, **options), *columns, dtype=dtype)
+    t = 2 * compare.longest(*columns) ** 2  # the hardness adds as much again
+    compare.agree(*both(1.0, **options), *columns, dtype=dtype, t=t)
 
 
 @compare.examples
@@ -70,7 +71,7 @@ def test_dot_products(seed, n, negatives, d, hardness, dtype):
     st.integers(1, 12),
     st.integers(0, 3),
     compare.widths,
-    st.floats(1.0, 40.0),
+    compare.scales,
     st.booleans(),
     compare.dtypes,
 )
@@ -83,7 +84,7 @@ def test_info_nce(seed, n, negatives, d, scale, symmetric, dtype):
             "directions": ("doc_to_query", "query_to_doc"),
             "partition_mode": "per_direction",
         }
-    compare.agree(*both(scale, **options), *columns, dtype=dtype)
+    compare.agree(*both(scale, **options), *columns, dtype=dtype, t=scale)
 
 
 class Table(nn.Module):

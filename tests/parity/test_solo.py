@@ -33,6 +33,7 @@ def test_simclr(seed, some, d, temperature, dtype):
     z = compare.draw(seed, len(indexes), d)
     compare.agree(
         solo.simclr_loss_func, simclr, z, indexes, temperature, dtype=dtype,
+        t=1 / temperature,
     )  # fmt: skip
 
 
@@ -62,7 +63,14 @@ def moco(query, key, queue, temperature):
 def test_moco(seed, n, d, k, temperature, dtype):
     q, key, queue = (F.normalize(compare.draw(seed + i, m, d)) for i, m in enumerate((n, n, k)))
     compare.agree(
-        solo.mocov2plus_loss_func, moco, q, key, queue.T.contiguous(), temperature, dtype=dtype
+        solo.mocov2plus_loss_func,
+        moco,
+        q,
+        key,
+        queue.T.contiguous(),
+        temperature,
+        dtype=dtype,
+        t=1 / temperature,
     )
 
 

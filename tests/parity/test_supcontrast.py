@@ -59,7 +59,7 @@ def test_value_and_gradients(seed, some, views, d, told, mode, temperature, base
     def formula(z):
         return dense(z, labels, mask, temperature, mode, base)
 
-    compare.agree(ours, formula, features, dtype=dtype)
+    compare.agree(ours, formula, features, dtype=dtype, t=1 / temperature)
 
 
 def test_images_as_features():
