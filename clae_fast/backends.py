@@ -53,7 +53,7 @@ def _load_gpu(backend: ModuleType, op: str) -> Callable[..., Any]:
 
 
 def _on_hopper(x: Tensor) -> bool:
-    """GPUs of compute capability 9.0 (H100, H200), which have run and checked these kernels."""
+    """GPUs of compute capability 9.0 (H100, H200): an H200 has run and checked these kernels."""
     return x.device.type == "cuda" and _capability(x.device) == (9, 0)
 
 
@@ -63,7 +63,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def _never(x: Tensor) -> bool:
-    """Slower than plain PyTorch on an H200 (wide rows, float32): only where asked for by name."""
+    """0.13 times as fast as compiled PyTorch on an H200 (SigLIP, D = 512): only by name."""
     return False
 
 

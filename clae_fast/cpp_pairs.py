@@ -184,10 +184,11 @@ def pair_lse(
     wide: bool = False,
 ) -> Tensor:
     """`reference.pair_lse`, one GEMM."""
-    ids = (row_ids, col_ids)
-    return _pairs("pair_lse", q, k, scale, scale_tensor, reciprocal, skip, offset, ids, wide=wide)[
-        0
-    ]
+    lse, *_ = _pairs(
+        "pair_lse", q, k, scale, scale_tensor, reciprocal, skip, offset, (row_ids, col_ids),
+        wide=wide,
+    )  # fmt: skip
+    return lse
 
 
 def pair_grad(
